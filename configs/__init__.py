@@ -1,0 +1,1 @@
+"""Settings of a run: schema, values in YAML groups, composition."""

@@ -1,0 +1,191 @@
+"""From overrides to one checked `RunConfig`, and to and from the frozen file of a run.
+
+The only file that imports hydra, and only inside `compose`: ranks read the frozen file and never pay
+for, or disagree about, a composition. What Hydra lets through (`+model.typo=1` sets a key that no schema
+knows) is closed by merging the result once more onto the schema.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.checks import check
+from configs.errors import UserError
+from configs.schema import RunConfig
+
+GROUPS = Path(__file__).parent
+"""Folder of the YAML groups."""
+
+FREE_TO_CHANGE = (
+    "train.tokens",
+    "train.validate_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.loader_workers",
+    "train.max_micro_batch_seqs",
+    "engine.",
+    "suite.",
+    "release.",
+    "log.",
+    "cluster.",
+)
+"""Settings, or sections ending in a dot, that may change under the name of a run that has begun."""
+
+
+def compose(overrides: list[str]) -> RunConfig:
+    """Composes, checks and returns the config that `overrides` (Hydra's grammar) describe."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            composed = hydra_compose("run", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _readable(error, overrides) from None
+    with _readable_errors(overrides):
+        cfg = _onto_schema(OmegaConf.to_container(composed, resolve=True))
+    for source in cfg.corpus.sources.values():
+        source.path = _absolute(source.path)
+    cfg.tokenizer.path = _absolute(cfg.tokenizer.path)
+    cfg.cluster.scratch = os.path.abspath(cfg.cluster.scratch)
+    check(cfg)
+    return cfg
+
+
+def run_dir(cfg: RunConfig) -> Path:
+    """Folder of everything the run writes."""
+    return Path(cfg.cluster.scratch) / "runs" / cfg.name
+
+
+def freeze(cfg: RunConfig, path: Path) -> None:
+    """Writes `cfg` so that `load` gives an equal object; the file is whole or it is not there."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(to_yaml(cfg), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def load(path: Path) -> RunConfig:
+    """Reads a frozen config; raises `UserError` where it does not fit the schema of this version."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there",
+            "a run begins with a frozen config",
+            "start it with `marathon train` or `marathon run`",
+        )
+    with _readable_errors([str(path)]):
+        return _onto_schema(OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The whole config as YAML, keys in the order of the schema."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def config_hash(cfg: object) -> str:
+    """sha256 of a config or of one of its sections, as hexadecimal digits."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode()).hexdigest()
+
+
+def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by dotted name, each with its old and new value."""
+    before, after = _flat(old), _flat(new)
+    keys = sorted(before.keys() | after.keys())
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def is_free_to_change(key: str) -> bool:
+    """Whether a setting may change under the name of a run that has begun."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_TO_CHANGE)
+
+
+def _onto_schema(container: Any) -> RunConfig:
+    cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), container)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(
+            f"no value for {', '.join(missing)}",
+            "these settings have no default",
+            f"give them in YAML or on the command line: {missing[0]}=…",
+        )
+    return cast(RunConfig, OmegaConf.to_object(cfg))
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from any folder; packaged files, hub ids and empty strings stay."""
+    if not path or path.startswith("package:") or not (os.path.exists(path) or path.startswith((".", "/", "~"))):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if is_dataclass(node):
+        items = [(f.name, getattr(node, f.name)) for f in fields(node)]
+    elif isinstance(node, dict):
+        items = list(node.items())
+    else:
+        return {prefix.rstrip("."): node}
+    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}
+
+
+@contextlib.contextmanager
+def _readable_errors(overrides: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise _readable(error, overrides) from None
+
+
+def _readable(error: Exception, overrides: list[str]) -> UserError:
+    """Hydra's and OmegaConf's messages in the form value, rule, repair."""
+    root: BaseException = error
+    while isinstance(root.__cause__, Exception):
+        root = root.__cause__
+        if isinstance(root, UserError):
+            return root
+    text, cause = str(error).strip(), str(root).strip()
+    given = " ".join(overrides) or "the defaults"
+    if "must specify 'experiment'" in text:
+        return UserError(
+            "no experiment", "a run is described by one", f"experiment= one of {', '.join(_names('experiment'))}"
+        )
+    if option := re.search(r"Could not find '([^/]+)/([^']+)'", text):
+        group, name = option.groups()
+        names = _names(group)
+        repair = f"{group}= one of {', '.join(names)}" if names else f"the groups are {', '.join(_group_names())}"
+        return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", repair)
+    if option := re.search(r"Could not override '([^']+)'", text):
+        return UserError(
+            f"unknown setting {option[1]!r} in: {given}",
+            "every setting is a field of configs/schema.py",
+            "check the spelling; `marathon plan` prints the whole config",
+        )
+    if key := re.search(r"Key '([^']+)' not in '([^']+)'", text):
+        return UserError(
+            f"unknown setting {key[1]!r} in: {given}",
+            f"{key[2]} in configs/schema.py has no such field",
+            "check the spelling; a leading + does not help",
+        )
+    first, *rest = [line.strip() for line in cause.splitlines()] or [type(error).__name__]
+    where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
+    return UserError(f"{where}: {first}", "the value must fit its field in configs/schema.py", "correct the value")
+
+
+def _names(group: str) -> list[str]:
+    return sorted(p.stem for p in (GROUPS / group).glob("*.yaml"))
+
+
+def _group_names() -> list[str]:
+    return sorted(p.name for p in GROUPS.iterdir() if p.is_dir() and any(p.glob("*.yaml")))

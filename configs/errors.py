@@ -1,0 +1,32 @@
+"""The one exception a user is meant to read."""
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: what was found, the rule it breaks, and the repair.
+
+    The command prints it without a traceback and exits with status 1. Raise it before anything
+    expensive starts; anything that is not the user's to mend should stay an ordinary exception.
+    """
+
+    def __init__(self, found: str, rule: str, repair: str) -> None:
+        self.found, self.rule, self.repair = found, rule, repair
+        super().__init__(f"{found}\n  rule:   {rule}\n  repair: {repair}")
+
+
+def raise_together(errors: Iterable[UserError]) -> None:
+    """Raises all collected errors as one, so that a config is mended in one round, not in five."""
+    found = list(errors)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserErrors(found)
+
+
+class UserErrors(UserError):
+    """Several `UserError`s reported at once."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        self.errors = errors
+        Exception.__init__(self, "\n".join(str(e) for e in errors))

@@ -1,0 +1,468 @@
+"""Every setting of a run: one dataclass a section, the meaning beneath each field.
+
+Values stand in the YAML groups beside this file; what a setting is, and the rules a field has to keep
+by itself, stand here. Rules across sections are in `checks.py`. Fields without a default have to come
+from YAML or the command line.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from configs.errors import UserError
+
+
+class SourceFormat(Enum):
+    """How a source of documents is stored."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+    hub = "hub"
+
+
+class MixtureRule(Enum):
+    """How token shares of the languages are chosen."""
+
+    weights = "weights"
+    temperature = "temperature"
+    unimax = "unimax"
+
+
+class Precision(Enum):
+    """Number format of weights in the forward and backward pass, or of gradients on the wire."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate over steps."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+
+
+class Device(Enum):
+    """What computes. ROCm devices present themselves to PyTorch as `cuda`."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    rocm = "rocm"
+
+
+class WandbMode(Enum):
+    """Whether metrics also go to Weights & Biases."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+def _require(holds: bool, found: str, rule: str, repair: str) -> None:
+    if not holds:
+        raise UserError(found, rule, repair)
+
+
+def _require_positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{section}.{name} = {value}", "must be greater than 0", "give a positive number")
+
+
+def _require_share(section: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(0 <= value <= 1, f"{section}.{name} = {value}", "is a share: 0 to 1", "0.1 means 10 %")
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents."""
+
+    format: SourceFormat = MISSING
+    """jsonl (plain, .gz, .zst), parquet, text (a document a file), or hub (Hugging Face datasets)."""
+    path: str = MISSING
+    """File, folder or glob; `package:…` is a file shipped with Marathon; for hub a folder or a hub id."""
+    licence: str = MISSING
+    """SPDX identifier, or LicenseRef-…; carried to the shards and the model card."""
+    origin: str = MISSING
+    """Where the text comes from: a citation or an address, for the model card."""
+    lang: str = ""
+    """BCP-47 code of every document here; empty: each document names its own in `lang_field`."""
+    lang_field: str = "lang"
+    """Field of a record that holds the language."""
+    text_field: str = "text"
+    """Field of a record that holds the text."""
+    id_field: str = "id"
+    """Field of a record that holds a stable id; where it is absent, file and row number serve."""
+    hub_config: str = ""
+    """Configuration name of a Hugging Face dataset, often the language."""
+    hub_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    hub_revision: str = ""
+    """Commit of a hub dataset: required for a hub id, since a branch can change under a run."""
+
+
+@dataclass
+class HoldoutConfig:
+    """Which documents are kept out of training, for validation."""
+
+    by_field: str = ""
+    """Field of a record whose value decides; empty: a share of documents by the hash of their id."""
+    by_values: list[int] = field(default_factory=list)
+    """Documents whose `by_field` has one of these values are held out."""
+    share: float = 0.0
+    """Share of documents held out by the hash of their id, where no `by_field` is given."""
+    max_docs_per_language: int = 1000
+    """Validation reads at most so many documents a language, the first by hash of their id."""
+
+    def __post_init__(self) -> None:
+        _require_share("corpus.holdout", share=self.share)
+        _require(
+            bool(self.by_field) == bool(self.by_values),
+            f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}",
+            "a field needs values, and values need a field",
+            "corpus.holdout.by_field=article 'corpus.holdout.by_values=[5,12]', or only corpus.holdout.share",
+        )
+
+
+@dataclass
+class CorpusConfig:
+    """Text in: the sources and what is kept of them."""
+
+    sources: dict[str, SourceConfig] = MISSING
+    """Sources by name."""
+    languages: list[str] = field(default_factory=list)
+    """Languages to keep (BCP-47); empty: all that occur."""
+    holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
+    """Documents kept for validation."""
+    max_bad_share: float = 0.01
+    """Share of a source's records that may be quarantined before the stage stops."""
+
+    def __post_init__(self) -> None:
+        _require_share("corpus", max_bad_share=self.max_bad_share)
+
+
+@dataclass
+class TokenizerConfig:
+    """sentencepiece BPE, trained on the corpus unless a path is given."""
+
+    path: str = ""
+    """A `tokenizer.model` of sentencepiece to use as it is; empty: train one."""
+    vocab_size: int = MISSING
+    """Entries of the vocabulary, specials and 256 bytes included."""
+    character_coverage: float = 0.9999
+    """Share of characters that get an entry of their own; the rest is spelled in bytes."""
+    language_alpha: float = 1.0
+    """Languages weigh by bytes ** alpha when training: 1 natural, 0 all alike."""
+
+    def __post_init__(self) -> None:
+        _require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
+        _require(
+            self.vocab_size > 300,
+            f"tokenizer.vocab_size = {self.vocab_size}",
+            "256 byte entries and the specials come first, so it must be above 300",
+            "4096 for a smoke run, 131072 for 24 languages",
+        )
+
+
+@dataclass
+class MixtureConfig:
+    """How often each language is seen."""
+
+    rule: MixtureRule = MixtureRule.temperature
+    """weights: as given; temperature: tokens ** alpha; unimax: even, with a cap on epochs."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share by language, for the rule `weights`; normalised to 1."""
+    alpha: float = 1.0
+    """Exponent of the rule `temperature`: 1 natural, 0 all alike."""
+    max_epochs: float = 4.0
+    """No language is seen more often than this; UniMax gives what it would have had to the others."""
+    allow_more_epochs: bool = False
+    """Go on, with a warning, where a rule overspends `max_epochs`."""
+
+    def __post_init__(self) -> None:
+        _require_share("mixture", alpha=self.alpha)
+        _require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
+
+
+@dataclass
+class ModelConfig:
+    """The decoder: RMSNorm, RoPE, grouped queries, QK-norm, SwiGLU. Exported as Qwen3ForCausalLM."""
+
+    n_layer: int = MISSING
+    """Transformer blocks."""
+    d_model: int = MISSING
+    """Width of the residual stream."""
+    n_head: int = MISSING
+    """Query heads."""
+    n_kv_head: int = MISSING
+    """Key and value heads; each serves n_head / n_kv_head query heads."""
+    head_dim: int = MISSING
+    """Width of one head."""
+    d_ff: int = MISSING
+    """Inner width of the SwiGLU."""
+    rope_theta: float = 500_000.0
+    """Base of the rotary embedding."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; layers that write to the residual divide it by sqrt(2 n_layer)."""
+    tie_embeddings: bool = MISSING
+    """One matrix for input and output embeddings; pays off below about 2B parameters."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            n_layer=self.n_layer,
+            d_model=self.d_model,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            head_dim=self.head_dim,
+            d_ff=self.d_ff,
+        )
+        divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+        _require(
+            self.n_head % self.n_kv_head == 0,
+            f"model.n_head = {self.n_head}, model.n_kv_head = {self.n_kv_head}",
+            "each key/value head serves the same number of query heads, so n_kv_head must divide n_head",
+            f"model.n_kv_head one of {divisors}, or model.n_head a multiple of {self.n_kv_head}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim = {self.head_dim}",
+            "RoPE turns pairs of dimensions, so head_dim must be even",
+            f"model.head_dim={self.head_dim + 1}",
+        )
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on matrices only: norms and embeddings are left out."""
+    grad_clip: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", lr=self.lr, grad_clip=self.grad_clip, eps=self.eps)
+        _require_share("optim", beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps."""
+
+    name: ScheduleName = MISSING
+    """wsd (warm up, stay, decay) or cosine."""
+    warmup_steps: int = MISSING
+    """Linear rise to the peak."""
+    decay_share: float = 0.2
+    """wsd: share of all steps, at the end, in which the rate falls linearly."""
+    final_lr_share: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require_share("schedule", decay_share=self.decay_share, final_lr_share=self.final_lr_share)
+        _require(
+            self.warmup_steps >= 0, f"schedule.warmup_steps = {self.warmup_steps}", "cannot be negative", "0 or more"
+        )
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero_stage: int = MISSING
+    """1 shards the optimizer; 2 shards gradients too."""
+    precision: Precision = MISSING
+    """bf16 computes in bf16 over fp32 master weights; gradients are accumulated in fp32 in both."""
+    comm_precision: Precision = Precision.fp32
+    """Format of gradients in the all-reduce. fp32 is the reference: ZeRO 1 and 2 then agree bit by bit."""
+    bucket_elements: int = 100_000_000
+    """Gradients travel in buckets of so many numbers; 1e8 in fp32 is 400 MB."""
+    timeout_s: int = 1800
+    """A collective that waits longer fails the job instead of hanging it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.zero_stage in (1, 2),
+            f"engine.zero_stage = {self.zero_stage}",
+            "1 and 2 are supported: weights stay whole on every device",
+            "engine.zero_stage=1 for small models, 2 from about 1.5B parameters",
+        )
+        _require_positive("engine", bucket_elements=self.bucket_elements, timeout_s=self.timeout_s)
+
+
+@dataclass
+class TrainConfig:
+    """How much is trained, in what portions, and how often it is looked at."""
+
+    tokens: int = MISSING
+    """Tokens to train on in all, repetitions counted."""
+    tokens_per_step: int = MISSING
+    """Tokens in one optimizer step over all devices: the one batch size; the rest is derived from it."""
+    seq_len: int = MISSING
+    """Tokens in one sequence, also the context length of the exported model."""
+    max_micro_batch_seqs: int = MISSING
+    """Sequences a device takes in one forward pass at most; gradient accumulation makes up the rest."""
+    validate_every_steps: int = MISSING
+    """Bits per byte by language on held-out documents, besides step 0 and the last."""
+    save_every_steps: int = MISSING
+    """A checkpoint is written, besides step 0 and the last step."""
+    keep_checkpoints: int = 0
+    """Keep the newest so many besides step 0; 0 keeps all."""
+    log_every_steps: int = 10
+    """A line of metrics."""
+    loader_workers: int = 0
+    """Processes that read ahead; the order of samples does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "train",
+            tokens=self.tokens,
+            tokens_per_step=self.tokens_per_step,
+            seq_len=self.seq_len,
+            max_micro_batch_seqs=self.max_micro_batch_seqs,
+            validate_every_steps=self.validate_every_steps,
+            save_every_steps=self.save_every_steps,
+            log_every_steps=self.log_every_steps,
+        )
+        _require(
+            self.tokens_per_step % self.seq_len == 0,
+            f"train.tokens_per_step = {self.tokens_per_step}, train.seq_len = {self.seq_len}",
+            "a step is a whole number of sequences",
+            f"train.tokens_per_step={-(-self.tokens_per_step // self.seq_len) * self.seq_len}",
+        )
+        _require(
+            self.tokens >= self.tokens_per_step,
+            f"train.tokens = {self.tokens}, train.tokens_per_step = {self.tokens_per_step}",
+            "there must be at least one step",
+            f"train.tokens={self.tokens_per_step} or more",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all; tokens that do not fill a last step are left out."""
+        return self.tokens // self.tokens_per_step
+
+    @property
+    def seqs_per_step(self) -> int:
+        """Sequences in one optimizer step over all devices."""
+        return self.tokens_per_step // self.seq_len
+
+
+@dataclass
+class SuiteConfig:
+    """What every checkpoint is asked, besides bits per byte."""
+
+    tasks: list[str] = MISSING
+    """Families of tasks by name; see eval/suites.py."""
+    max_items_per_language: int = 50
+    """Questions of one family in one language at most."""
+    bootstrap_samples: int = 1000
+    """Resamplings of documents for the intervals of bits per byte."""
+    batch_seqs: int = 16
+    """Sequences scored at a time on one device."""
+
+
+@dataclass
+class ReleaseConfig:
+    """What the release folder says of itself."""
+
+    licence: str = "apache-2.0"
+    """Licence of the weights, as Hugging Face names it."""
+    provider: str = ""
+    """Who publishes the model; the card says GAP where this is empty."""
+
+
+@dataclass
+class LogConfig:
+    """Where metrics go besides `metrics.jsonl` and the terminal."""
+
+    wandb: WandbMode = WandbMode.off
+    """off, offline (files under RUN/logs, to be synced from a login node), or online."""
+    wandb_project: str = "marathon"
+    """Project at Weights & Biases."""
+
+
+@dataclass
+class ClusterConfig:
+    """The machine."""
+
+    name: str = MISSING
+    """Name of this cluster."""
+    device: Device = MISSING
+    """cpu, cuda or rocm."""
+    scratch: str = MISSING
+    """Folder for runs and corpora; on a cluster the large shared file system."""
+    nodes: int = 1
+    """Nodes of the job; the job scripts fill it in from Slurm."""
+    devices_per_node: int = MISSING
+    """Processes a node, one a device."""
+    cpus_per_device: int = MISSING
+    """Cores, and threads, of each process."""
+    device_memory_gib: float = MISSING
+    """Memory of one device, for `marathon plan`."""
+    peak_tflops: float = MISSING
+    """Dense peak of one device in 1e12 operations a second, the denominator of MFU; 0: measured at the start."""
+    peak_source: str = MISSING
+    """Where that number comes from."""
+    online: bool = False
+    """Whether hubs may be asked for data; off on compute nodes."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "cluster",
+            nodes=self.nodes,
+            devices_per_node=self.devices_per_node,
+            cpus_per_device=self.cpus_per_device,
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.devices_per_node
+
+
+@dataclass
+class RunConfig:
+    """A run: everything that decides what it does."""
+
+    name: str = MISSING
+    """Name of the run; its folder is SCRATCH/runs/NAME."""
+    seed: int = 1
+    """Seeds initial weights and the order of samples."""
+    corpus: CorpusConfig = MISSING
+    """Text in."""
+    tokenizer: TokenizerConfig = MISSING
+    """Text to tokens."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How often each language is seen."""
+    model: ModelConfig = MISSING
+    """The network."""
+    optim: OptimConfig = MISSING
+    """The optimizer."""
+    schedule: ScheduleConfig = MISSING
+    """Learning rate over steps."""
+    engine: EngineConfig = MISSING
+    """DeepSpeed."""
+    train: TrainConfig = MISSING
+    """How much is trained, in what portions."""
+    suite: SuiteConfig = MISSING
+    """What checkpoints are asked."""
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    """What the release says of itself."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Where metrics go."""
+    cluster: ClusterConfig = MISSING
+    """The machine."""

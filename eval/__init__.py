@@ -1,0 +1,1 @@
+"""What checkpoints know: bits per byte by language, and task suites."""

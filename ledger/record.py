@@ -1,0 +1,62 @@
+"""The ledger: RUN/ledger.jsonl, one JSON object a line, only ever appended to.
+
+Every stage writes here what it did; model card, report and papers are renderings of it. What is not
+known is written as `gap("reason")`, never left out and never guessed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def gap(reason: str) -> str:
+    """The value of a fact that is not known."""
+    return f"GAP: {reason}"
+
+
+class Ledger:
+    """Appends to and reads the record of one run; one process writes at a time (rank 0)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "ledger.jsonl"
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Writes one line and forces it to disk, so that a killed job has told all it did."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            # A process killed in mid-line leaves no newline; the next record must not be glued to its rest.
+            if file.tell() and not self._ends_with_newline():
+                file.write("\n")
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, event: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yields records in order, those of one event or all; a half-written line is passed over."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if event is None or record["event"] == event:
+                    yield record
+
+    def last(self, event: str, **matching: Any) -> dict[str, Any] | None:
+        """The newest record of an event whose facts equal `matching`, or None."""
+        found = None
+        for record in self.read(event):
+            if all(record.get(key) == value for key, value in matching.items()):
+                found = record
+        return found
+
+    def _ends_with_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"

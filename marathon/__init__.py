@@ -1,0 +1,1 @@
+"""The `marathon` command."""
