@@ -21,10 +21,10 @@ def raise_together(errors: Iterable[UserError]) -> None:
     if len(found) == 1:
         raise found[0]
     if found:
-        raise UserErrors(found)
+        raise SeveralUserErrors(found)
 
 
-class UserErrors(UserError):
+class SeveralUserErrors(UserError):
     """Several `UserError`s reported at once."""
 
     def __init__(self, errors: list[UserError]) -> None:
