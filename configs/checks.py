@@ -4,8 +4,9 @@ They run on the composed config, before anything is written or started. A rule r
 instead of raising it, so that one round of mending is enough.
 """
 
+from configs.enums import Device, MixtureRule, Precision, SourceFormat, WandbMode
 from configs.errors import UserError, raise_together
-from configs.schema import Device, MixtureRule, Precision, RunConfig, SourceFormat, WandbMode
+from configs.schema import RunConfig
 
 
 def check(cfg: RunConfig) -> None:

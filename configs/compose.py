@@ -109,7 +109,16 @@ def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def is_free_to_change(key: str) -> bool:
     """Whether a setting may change under the name of a run that has begun."""
+    # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
+    if key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path"):
+        return True
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_TO_CHANGE)
+
+
+def settings_hash(cfg: RunConfig) -> str:
+    """Hash of what may not change under a run's name, and of the tokens it trains on."""
+    fixed = {k: v for k, v in _flat(cfg).items() if not is_free_to_change(k)}
+    return hashlib.sha256(repr(sorted(fixed.items())).encode() + str(cfg.train.tokens).encode()).hexdigest()
 
 
 def _onto_schema(container: Any) -> RunConfig:

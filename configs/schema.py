@@ -6,73 +6,11 @@ from YAML or the command line.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
-from configs.errors import UserError
-
-
-class SourceFormat(Enum):
-    """How a source of documents is stored."""
-
-    jsonl = "jsonl"
-    parquet = "parquet"
-    text = "text"
-    hub = "hub"
-
-
-class MixtureRule(Enum):
-    """How token shares of the languages are chosen."""
-
-    weights = "weights"
-    temperature = "temperature"
-    unimax = "unimax"
-
-
-class Precision(Enum):
-    """Number format of weights in the forward and backward pass, or of gradients on the wire."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class ScheduleName(Enum):
-    """Shape of the learning rate over steps."""
-
-    wsd = "wsd"
-    cosine = "cosine"
-
-
-class Device(Enum):
-    """What computes. ROCm devices present themselves to PyTorch as `cuda`."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-    rocm = "rocm"
-
-
-class WandbMode(Enum):
-    """Whether metrics also go to Weights & Biases."""
-
-    off = "off"
-    offline = "offline"
-    online = "online"
-
-
-def _require(holds: bool, found: str, rule: str, repair: str) -> None:
-    if not holds:
-        raise UserError(found, rule, repair)
-
-
-def _require_positive(section: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(value > 0, f"{section}.{name} = {value}", "must be greater than 0", "give a positive number")
-
-
-def _require_share(section: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(0 <= value <= 1, f"{section}.{name} = {value}", "is a share: 0 to 1", "0.1 means 10 %")
+from configs.enums import Device, MixtureRule, Precision, ScheduleName, SourceFormat, WandbMode
+from configs.rules import require, require_positive, require_share
 
 
 @dataclass
@@ -117,8 +55,8 @@ class HoldoutConfig:
     """Validation reads at most so many documents a language, the first by hash of their id."""
 
     def __post_init__(self) -> None:
-        _require_share("corpus.holdout", share=self.share)
-        _require(
+        require_share("corpus.holdout", share=self.share)
+        require(
             bool(self.by_field) == bool(self.by_values),
             f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}",
             "a field needs values, and values need a field",
@@ -140,7 +78,7 @@ class CorpusConfig:
     """Share of a source's records that may be quarantined before the stage stops."""
 
     def __post_init__(self) -> None:
-        _require_share("corpus", max_bad_share=self.max_bad_share)
+        require_share("corpus", max_bad_share=self.max_bad_share)
 
 
 @dataclass
@@ -157,8 +95,8 @@ class TokenizerConfig:
     """Languages weigh by bytes ** alpha when training: 1 natural, 0 all alike."""
 
     def __post_init__(self) -> None:
-        _require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
-        _require(
+        require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
+        require(
             self.vocab_size > 300,
             f"tokenizer.vocab_size = {self.vocab_size}",
             "256 byte entries and the specials come first, so it must be above 300",
@@ -182,8 +120,8 @@ class MixtureConfig:
     """Go on, with a warning, where a rule overspends `max_epochs`."""
 
     def __post_init__(self) -> None:
-        _require_share("mixture", alpha=self.alpha)
-        _require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
+        require_share("mixture", alpha=self.alpha)
+        require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
 
 
 @dataclass
@@ -212,7 +150,7 @@ class ModelConfig:
     """One matrix for input and output embeddings; pays off below about 2B parameters."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model",
             n_layer=self.n_layer,
             d_model=self.d_model,
@@ -222,13 +160,13 @@ class ModelConfig:
             d_ff=self.d_ff,
         )
         divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-        _require(
+        require(
             self.n_head % self.n_kv_head == 0,
             f"model.n_head = {self.n_head}, model.n_kv_head = {self.n_kv_head}",
             "each key/value head serves the same number of query heads, so n_kv_head must divide n_head",
             f"model.n_kv_head one of {divisors}, or model.n_head a multiple of {self.n_kv_head}",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"model.head_dim = {self.head_dim}",
             "RoPE turns pairs of dimensions, so head_dim must be even",
@@ -254,8 +192,8 @@ class OptimConfig:
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        _require_positive("optim", lr=self.lr, grad_clip=self.grad_clip, eps=self.eps)
-        _require_share("optim", beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
+        require_positive("optim", lr=self.lr, grad_clip=self.grad_clip, eps=self.eps)
+        require_share("optim", beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -272,8 +210,8 @@ class ScheduleConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _require_share("schedule", decay_share=self.decay_share, final_lr_share=self.final_lr_share)
-        _require(
+        require_share("schedule", decay_share=self.decay_share, final_lr_share=self.final_lr_share)
+        require(
             self.warmup_steps >= 0, f"schedule.warmup_steps = {self.warmup_steps}", "cannot be negative", "0 or more"
         )
 
@@ -294,13 +232,13 @@ class EngineConfig:
     """A collective that waits longer fails the job instead of hanging it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.zero_stage in (1, 2),
             f"engine.zero_stage = {self.zero_stage}",
             "1 and 2 are supported: weights stay whole on every device",
             "engine.zero_stage=1 for small models, 2 from about 1.5B parameters",
         )
-        _require_positive("engine", bucket_elements=self.bucket_elements, timeout_s=self.timeout_s)
+        require_positive("engine", bucket_elements=self.bucket_elements, timeout_s=self.timeout_s)
 
 
 @dataclass
@@ -327,7 +265,7 @@ class TrainConfig:
     """Processes that read ahead; the order of samples does not depend on it."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "train",
             tokens=self.tokens,
             tokens_per_step=self.tokens_per_step,
@@ -337,13 +275,13 @@ class TrainConfig:
             save_every_steps=self.save_every_steps,
             log_every_steps=self.log_every_steps,
         )
-        _require(
+        require(
             self.tokens_per_step % self.seq_len == 0,
             f"train.tokens_per_step = {self.tokens_per_step}, train.seq_len = {self.seq_len}",
             "a step is a whole number of sequences",
             f"train.tokens_per_step={-(-self.tokens_per_step // self.seq_len) * self.seq_len}",
         )
-        _require(
+        require(
             self.tokens >= self.tokens_per_step,
             f"train.tokens = {self.tokens}, train.tokens_per_step = {self.tokens_per_step}",
             "there must be at least one step",
@@ -421,12 +359,8 @@ class ClusterConfig:
     """Whether hubs may be asked for data; off on compute nodes."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "cluster",
-            nodes=self.nodes,
-            devices_per_node=self.devices_per_node,
-            cpus_per_device=self.cpus_per_device,
-        )
+        counts = {"nodes": self.nodes, "devices_per_node": self.devices_per_node}
+        require_positive("cluster", cpus_per_device=self.cpus_per_device, **counts)
 
     @property
     def world_size(self) -> int:

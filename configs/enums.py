@@ -1,0 +1,50 @@
+"""Settings that are one of a few words."""
+
+from enum import Enum
+
+
+class SourceFormat(Enum):
+    """How a source of documents is stored."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+    hub = "hub"
+
+
+class MixtureRule(Enum):
+    """How token shares of the languages are chosen."""
+
+    weights = "weights"
+    temperature = "temperature"
+    unimax = "unimax"
+
+
+class Precision(Enum):
+    """Number format of weights in the forward and backward pass, or of gradients on the wire."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate over steps."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+
+
+class Device(Enum):
+    """What computes. ROCm devices present themselves to PyTorch as `cuda`."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    rocm = "rocm"
+
+
+class WandbMode(Enum):
+    """Whether metrics also go to Weights & Biases."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"

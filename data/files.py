@@ -1,0 +1,194 @@
+"""Which files a path means, what is in them, line by line, and their hashes.
+
+Nothing is passed over in silence: a folder that cannot be read, a pattern that matches nothing, and a
+compressed file that is cut off or damaged each stop the stage with a `UserError` that names the file.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import zstandard
+
+from configs.errors import UserError
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+"""Folder that holds `data/`: a checkout, or where Marathon is installed. `package:` stands for it."""
+
+CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 28
+"""256 MiB. A longer line is a whole JSON array taken for JSON lines, and would fill the memory."""
+
+_REPAIRS = {
+    errno.ENOENT: "correct the path; `package:…` is for files shipped with Marathon",
+    errno.ENOTDIR: "correct the path: a part of it is a file, not a folder",
+    errno.EACCES: "chmod a+rX, or run as a user who may read it",
+    errno.ELOOP: "a symbolic link points to itself: remove it",
+}
+
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    # Archives made with `zstd --long` need windows above the default limit of 128 MiB.
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+}
+
+
+class InputFile(NamedTuple):
+    """A file to read, and its name within its source: the same on every machine."""
+
+    path: Path
+    name: str
+
+
+def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+    """Files that `path` means, sorted: itself, those with `suffixes` below a folder, or those a glob matches.
+
+    Hidden files and folders are left out. Raises `UserError` where nothing is found or a folder cannot be read.
+    """
+    target = PACKAGE_ROOT / path.removeprefix("package:") if path.startswith("package:") else Path(path)
+    with readable(path):
+        if any(c in path for c in "*?["):
+            root, parts = _split_at_first_wildcard(target)
+            found = _expand(root, parts)
+        elif stat.S_ISDIR(os.stat(target).st_mode):
+            root, found = target, [p for p in _walk(target) if p.name.endswith(suffixes)]
+        else:
+            root, found = target.parent, [target]
+    if not found:
+        raise UserError(
+            f"{path}: no file",
+            f"a source has at least one file; in a folder its name ends in {' or '.join(suffixes)}",
+            "correct the path, or the format of the source",
+        )
+    return [InputFile(p, p.relative_to(root).as_posix()) for p in sorted(set(found))]
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines without their line break, decompressed where the name ends in .gz or .zst.
+
+    Raises `UserError` with the position where a compressed file is damaged or cut off.
+    """
+    n_lines, rest = 0, b""
+    with readable(str(path)), path.open("rb") as file:
+        try:
+            for block in _decompressed(file, path.suffix):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from lines
+                n_lines += len(lines)
+                _refuse_endless_line(path, n_lines, rest)
+        except (zlib.error, zstandard.ZstdError, EOFError) as error:
+            raise UserError(
+                f"{path}: {error}, at or before byte {file.tell()}, after {n_lines} whole lines",
+                "a source is read whole or not at all",
+                f"fetch or write the file again; `{'zstd' if path.suffix == '.zst' else 'gzip'} -t` checks it",
+            ) from None
+    if rest:
+        yield rest
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, as hexadecimal digits."""
+    with readable(str(path)), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_cached(files: Iterable[InputFile], cache: Path) -> dict[str, str]:
+    """Hashes by name; a file whose path, size and time of change stand in `cache` is not read again."""
+    known: dict[str, list[Any]] = json.loads(cache.read_text()) if cache.exists() else {}
+    before, hashes = len(known), {}
+    for file in files:
+        with readable(str(file.path)):
+            info = os.stat(file.path)
+        key = f"{file.path.resolve()}|{info.st_size}|{info.st_mtime_ns}"
+        if key not in known:
+            known[key] = [sha256(file.path)]
+        hashes[file.name] = known[key][0]
+    if len(known) > before:
+        write_whole(cache, json.dumps(known, indent=1))
+    return hashes
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside and renames: the file is complete or absent, also when two processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turns what the file system says against reading `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: {error.strerror or error}",
+            "files of a source exist and can be read by the user who runs this",
+            _REPAIRS.get(error.errno or 0, "see to the file system"),
+        ) from None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    # Path.rglob and glob pass over folders that may not be read; a part of the corpus would be gone unseen.
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def _expand(root: Path, parts: tuple[str, ...]) -> list[Path]:
+    if not parts:
+        return [root] if root.is_file() else []
+    head, rest = parts[0], parts[1:]
+    if head == "**":
+        below = [Path(e.path) for e in _entries(root) if e.is_dir()]
+        return _expand(root, rest) + [p for folder in below for p in _expand(folder, parts)]
+    matches = [e for e in _entries(root) if fnmatch.fnmatchcase(e.name, head)]
+    return [p for e in matches if e.is_dir() or not rest for p in _expand(Path(e.path), rest)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [e for e in entries if not e.name.startswith(".")]
+
+
+def _split_at_first_wildcard(path: Path) -> tuple[Path, tuple[str, ...]]:
+    first = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
+    return Path(*path.parts[:first]), path.parts[first:]
+
+
+def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """Blocks of content. A file may hold several frames; the last must be whole, which libraries do not check."""
+    fresh = _DECOMPRESSORS.get(suffix)
+    stream, n_frames = None, 0
+    while chunk := file.read(CHUNK_BYTES):
+        if fresh is None:
+            yield chunk
+            continue
+        while chunk:
+            stream = stream or fresh()
+            yield stream.decompress(chunk)
+            chunk = stream.unused_data if stream.eof else b""
+            if stream.eof:
+                stream, n_frames = None, n_frames + 1
+    if fresh is not None and (stream is not None or n_frames == 0):
+        raise EOFError("the compressed file is cut off")
+
+
+def _refuse_endless_line(path: Path, n_lines: int, rest: bytes) -> None:
+    if len(rest) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{path}: line {n_lines + 1} is longer than {MAX_LINE_BYTES >> 20} MiB",
+            "a line is one record: one JSON object",
+            "if the file is one JSON array: jq -c '.[]' FILE > FILE.jsonl",
+        )

@@ -1,0 +1,70 @@
+"""Which documents validation reads and training never does: a property of the document alone."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.schema import HoldoutConfig
+from data.manifest import TRAIN, VALID, Manifest
+from data.shards import Shard, read_sidecar
+from data.sources import Document
+
+
+def split_of(document: Document, holdout: HoldoutConfig) -> str:
+    """TRAIN or VALID. The same on every machine and whatever other documents there are."""
+    if holdout.by_field:
+        held_out = str(document.fields.get(holdout.by_field)) in map(str, holdout.by_values)
+    else:
+        held_out = _rank(document.id) < holdout.share * 2**64
+    return VALID if held_out else TRAIN
+
+
+@dataclass(frozen=True, slots=True)
+class ValidDocument:
+    """One held-out document: tokens with `<s>` and `</s>`, and the UTF-8 bytes of its text."""
+
+    id: str
+    lang: str
+    source: str
+    n_bytes: int
+    tokens: NDArray[np.int64]
+
+
+class ValidDocuments:
+    """Held-out documents of a prepared corpus by language, for bits per byte.
+
+    At most `corpus.holdout.max_docs_per_language`, the first by the hash of their id.
+    """
+
+    def __init__(self, corpus_dir: Path) -> None:
+        self._dir, self._manifest = corpus_dir, Manifest.load(corpus_dir)
+        self.languages = sorted({s.language for s in self._manifest.shards if s.split == VALID})
+
+    def read_all(self) -> list[ValidDocument]:
+        """Documents of all languages, language by language."""
+        return [document for language in self.languages for document in self.read(language)]
+
+    def read(self, language: str) -> list[ValidDocument]:
+        """Documents of one language, sorted by the hash of their id."""
+        found = sorted(self._rows(language), key=lambda row: (_rank(row[0]), row[0]))
+        chosen = found[: self._manifest.max_valid_docs_per_language]
+        return [
+            ValidDocument(doc_id, language, source, n_bytes, shard.document(row).astype(np.int64))
+            for doc_id, source, n_bytes, shard, row in chosen
+        ]
+
+    def _rows(self, language: str) -> Iterator[tuple[str, str, int, Shard, int]]:
+        for entry in self._manifest.shards:
+            if entry.split != VALID or entry.language != language:
+                continue
+            shard = Shard(self._dir / entry.stem)
+            for row, (doc_id, n_bytes) in enumerate(read_sidecar(self._dir / entry.stem, "id", "n_bytes")):
+                yield doc_id, entry.source, n_bytes, shard, row
+
+
+def _rank(doc_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,147 @@
+"""What a prepared corpus is: every shard with source, language, licence, counts and hashes.
+
+Nothing in it depends on where the corpus stands or when it was made.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from data.files import sha256, write_whole
+from data.shards import SUFFIXES
+
+MANIFEST = "manifest.json"
+TRAIN, VALID = "train", "valid"
+"""The splits."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: the documents of one source in one language and split."""
+
+    stem: str
+    """Path of its files below the corpus, without their suffix."""
+    source: str
+    language: str
+    licence: str
+    origin: str
+    split: str
+    n_docs: int
+    n_tokens: int
+    """With one `<s>` and one `</s>` a document."""
+    n_bytes: int
+    """UTF-8 bytes of the text."""
+    sha256: dict[str, str]
+    """Hash of each file by its suffix."""
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The tokenizer that made the shards; its files stand in `tokenizer/`."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    sha256: dict[str, str]
+    """Hash of each file by its name."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared corpus."""
+
+    shards: list[ShardEntry]
+    """Sorted by language, source and split."""
+    tokenizer: TokenizerEntry
+    n_read: dict[str, int]
+    """Records read, by source."""
+    quarantine: dict[str, dict[str, int]]
+    """Records set aside, by source and reason; one by one in quarantine.jsonl."""
+    other_languages: dict[str, dict[str, int]]
+    """Documents in languages that the config does not want, by source and language."""
+    inputs: dict[str, dict[str, str]]
+    """Hashes of the files read, by source and name."""
+    max_valid_docs_per_language: int
+    """How many held-out documents validation reads."""
+    versions: dict[str, str]
+    """Versions of the libraries that made it."""
+
+    @classmethod
+    def load(cls, corpus_dir: Path) -> "Manifest":
+        """Reads the manifest of a prepared corpus; raises `UserError` where there is none."""
+        path = corpus_dir / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{path} is not there", "a corpus is prepared before it is used", "marathon data")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["shards"] = [ShardEntry(**s) for s in found["shards"]]
+        found["tokenizer"] = TokenizerEntry(**found["tokenizer"])
+        return cls(**found)
+
+    def save(self, corpus_dir: Path) -> None:
+        """Writes `manifest.json`; a corpus with a manifest is complete."""
+        write_whole(corpus_dir / MANIFEST, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @property
+    def corpus_hash(self) -> str:
+        """Hash of all tokens, their order and the tokenizer: what a run's data is."""
+        # Not of the sidecars: parquet files name the version of the library that wrote them.
+        shards = [[s.source, s.language, s.split, s.sha256[".bin"], s.sha256[".idx"]] for s in self.shards]
+        content = json.dumps([shards, self.tokenizer.sha256["tokenizer.model"]])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What the ledger and the papers tell of the corpus: sums by source and by language, held-out text left out."""
+        sources: dict[str, dict[str, Any]] = {}
+        languages: dict[str, dict[str, int]] = {}
+        for shard in self.shards:
+            if shard.split != TRAIN:
+                continue
+            named = {"licence": shard.licence, "origin": shard.origin}
+            for entry in (sources.setdefault(shard.source, named), languages.setdefault(shard.language, {})):
+                for unit, n in (("documents", shard.n_docs), ("tokens", shard.n_tokens), ("bytes", shard.n_bytes)):
+                    entry[unit] = entry.get(unit, 0) + n
+        return {
+            "corpus_hash": self.corpus_hash,
+            "sources": sources,
+            "languages": languages,
+            **{unit: sum(entry[unit] for entry in languages.values()) for unit in ("documents", "tokens", "bytes")},
+            "quarantine": self.quarantine,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer_sha256": self.tokenizer.sha256,
+        }
+
+    def shards_of(self, language: str, split: str) -> list[ShardEntry]:
+        """Shards of one language and split, in the order in which their tokens are counted."""
+        return [s for s in self.shards if (s.language, s.split) == (language, split)]
+
+    def languages(self, split: str) -> list[str]:
+        """Languages that have documents in a split, sorted."""
+        return sorted({s.language for s in self.shards if s.split == split})
+
+    def tokens_by_language(self, split: str) -> dict[str, int]:
+        """Tokens of a split by language, sorted by language."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            if shard.split == split:
+                total[shard.language] += shard.n_tokens
+        return dict(sorted(total.items()))
+
+
+def verify(corpus_dir: Path) -> None:
+    """Reads every file again; raises `UserError` that names the first one whose hash has changed."""
+    manifest = Manifest.load(corpus_dir)
+    files = {f"tokenizer/{name}": known for name, known in manifest.tokenizer.sha256.items()}
+    for shard in manifest.shards:
+        files |= {shard.stem + suffix: shard.sha256[suffix] for suffix in SUFFIXES}
+    for name, known in files.items():
+        if sha256(corpus_dir / name) != known:
+            raise UserError(
+                f"{corpus_dir / name} is not what the manifest says: its sha256 has changed",
+                "training reads exactly the bytes that were prepared",
+                f"remove {corpus_dir} and prepare it again",
+            )

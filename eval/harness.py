@@ -1,0 +1,134 @@
+"""lm-evaluation-harness as a library: the one file that imports it.
+
+What is asked comes from a suite folder (`eval/suites.py`) and nowhere else: lm-eval's own index of 13,000 tasks
+takes 15 s to read, and both its caches return answers of other checkpoints or other prompts. No hub is
+reached. Every prompt is `<bos>` + query + choice, with one bos at the front whatever the tokenizer would add.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when the libraries below are imported
+
+from datasets import Dataset
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+
+def run_suite(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite_dir: Path,
+    tasks: Iterable[str],
+    *,
+    batch_seqs: int,
+) -> dict[str, Any]:
+    """Asks the model every question of `tasks`; all ranks take part and all return the same.
+
+    `model` stands on its device in evaluation mode; `tokenizer` has bos and pad tokens. Returns
+    `{"tasks": {task: figures}, "prompt_sha256": hash of all prompts}` with these figures a task:
+
+    - `acc`, `acc_bytes`: share of items whose right choice is the likeliest, as it is or a byte, each with `_stderr`;
+    - `gold_bpb`: bits per byte of the right choices, a smoother curve than accuracy;
+    - `items`, `chance` (accuracy of a blind guess), `ties` (items whose two likeliest choices are equal: a model that
+      cannot tell choices apart; lm-eval then takes the first of them).
+
+    Raises `ValueError` for a prompt that is longer than the model's context.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns once a task that its data come from memory
+    questions = TaskManager(include_defaults=False).load([_task_config(suite_dir, task) for task in tasks])
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar a task
+        # As in one process, on every rank: the ranks share the work inside `_SharedLM`.
+        results = evaluate(_SharedLM(model, tokenizer, batch_seqs), questions, bootstrap_iters=1000)
+    assert results is not None
+    digest = hashlib.sha256()
+    for task, samples in sorted(results["samples"].items()):
+        digest.update(json.dumps([task, [sample["arguments"] for sample in samples]]).encode())
+    return {
+        "tasks": {
+            task: _figures(results["results"][task], samples) for task, samples in sorted(results["samples"].items())
+        },
+        "prompt_sha256": digest.hexdigest(),
+    }
+
+
+class _SharedLM(HFLM):  # type: ignore[misc]
+    """Scores every n-th request on each of n ranks, and gives all scores to all ranks.
+
+    lm-eval's own way deals out documents of each task, counts ranks within a node, and fails where a task has fewer
+    documents than there are ranks. Here it believes to be alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_seqs: int) -> None:
+        # Log-softmax in the dtype of a bf16 model would turn close answers into ties.
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_seqs)
+        if tokenizer.bos_token_id is None:
+            raise ValueError("the tokenizer has no bos token, with which every prompt begins")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a prompt with bos in front, or without where lm-eval adds it itself (`add_special_tokens=False`)."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        return ids if add_special_tokens is False else [self.tokenizer.bos_token_id, *ids]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats of each continuation, and whether it is the greedy one."""
+        rank, world_size = _rank()
+        mine = super().loglikelihood(requests[rank::world_size], disable_tqdm=True)
+        scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
+        if mine:
+            scores[rank::world_size] = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        if world_size > 1:
+            torch.distributed.all_reduce(scores)  # each row is zero on all ranks but one
+        return [(nats, bool(is_greedy)) for nats, is_greedy in scores.tolist()]
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        for (query, choice), context, continuation in requests:
+            n_tokens = len(context) + len(continuation) - 1
+            if n_tokens > self.max_length:
+                raise ValueError(f"{query + choice!r}: {n_tokens} tokens, the model reads {self.max_length}")
+        return super()._loglikelihood_tokens(requests, **kwargs) if requests else []
+
+
+def _rank() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(suite_dir / f"{task}.yaml"))
+    assert isinstance(config, dict)
+    lines = (suite_dir / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+    # Through memory: `load_dataset` would have all ranks write the same files to a cache in the home folder.
+    return {**config, "custom_dataset": lambda **_: {"test": Dataset.from_list([json.loads(line) for line in lines])}}
+
+
+def _figures(metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, float | int]:
+    gold_bits, gold_bytes, ties = 0.0, 0, 0
+    for sample in samples:
+        nats = [score for score, _ in sample["filtered_resps"]]
+        gold_bits -= nats[sample["target"]] / math.log(2)
+        gold_bytes += len(sample["doc"]["choices"][sample["target"]].encode())
+        best, second = sorted(nats)[:-3:-1]
+        ties += best == second
+    return {
+        **{name: metrics[f"{name},none"] for name in ("acc", "acc_stderr", "acc_bytes", "acc_bytes_stderr")},
+        "gold_bpb": gold_bits / gold_bytes,
+        "items": len(samples),
+        "chance": 1 / len(samples[0]["doc"]["choices"]),
+        "ties": ties,
+    }

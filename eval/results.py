@@ -1,0 +1,70 @@
+"""Results on disk: RUN/eval/CHECKPOINT.json, one file a checkpoint, complete or absent.
+
+A result belongs to an identity: these weights, this suite, these held-out documents. While all three are the
+same it is not computed again.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a result is a function of, up to rounding."""
+
+    model_sha256: str
+    suite_hash: str
+    corpus_hash: str
+
+
+def result_path(run_dir: Path, checkpoint: str) -> Path:
+    """Where the result of a checkpoint stands."""
+    return run_dir / "eval" / f"{checkpoint}.json"
+
+
+def read_result(path: Path, identity: Identity | None = None) -> dict[str, Any] | None:
+    """The result in a file; None where there is none, or one of another identity."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if identity and any(result.get(name) != value for name, value in asdict(identity).items()):
+        return None
+    return result
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """All results of a run, by step."""
+    found = [read_result(path) for path in (run_dir / "eval").glob("*.json")]
+    return sorted((result for result in found if result), key=lambda result: result["step"])
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result beside its place, forces it to disk, and puts it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(result, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def family_means(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Figures of each family, the plain mean over its languages, and their number."""
+    by_family: dict[str, list[dict[str, float]]] = {}
+    for task, figures in tasks.items():
+        by_family.setdefault(task.split("_")[0], []).append(figures)
+    return {
+        family: {
+            **{
+                name: fmean(figures[name] for figures in of_family)
+                for name in ("acc", "acc_bytes", "gold_bpb", "chance")
+            },
+            "languages": len(of_family),
+        }
+        for family, of_family in by_family.items()
+    }

@@ -1,0 +1,278 @@
+"""Question suites in the 24 official languages of the EU, generated from CLDR as PyPI `babel` carries it.
+
+A suite is a folder named by the hash of its content: JSONL with the questions and YAML with the task for
+lm-evaluation-harness, one pair a family and language, besides `suite.json`, which tells what is in it. It is
+complete or absent, needs no network, and the same settings with the same CLDR give the same folder. Anyone
+can ask the same questions with `lm_eval --include_path . --tasks agreement_pl` inside the folder.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import babel
+from babel import Locale
+from babel.core import get_cldr_version
+
+from configs.errors import UserError
+from configs.schema import SuiteConfig
+
+LANGUAGES = tuple("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv".split())  # noqa: SIM905
+
+# Portuguese of the EU is that of Portugal; CLDR means that of Brazil by plain `pt`.
+LOCALES = {"pt": "pt_PT"}
+
+# Fewer questions than this say nothing: the standard error of an accuracy is then above 15 points.
+MIN_ITEMS = 10
+
+# Two-letter codes of CLDR that are no countries or territories of ISO 3166, or stand for several.
+NO_TERRITORY = frozenset("AC CP CQ DG EA EU EZ IC QO TA UN XA XB ZZ".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question: which of `choices` goes on from `query`? An empty query means the start of a document."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+Group = tuple[Item, ...]
+"""Questions that are asked together or not at all."""
+
+
+def agreement(lang: str) -> list[Group]:
+    """Number agreement: "22" goes on as " petabajty", not as " petabajtów".
+
+    Two forms of a unit are asked in both directions, each with a number that demands it, so that preferring
+    one form whatever the number says scores exactly one half. Only forms that some whole number demands are
+    used. Hungarian has nothing to ask, since its nouns stay in the singular after numbers; Maltese has little,
+    since few units are translated in CLDR.
+    """
+    locale, english = _locale(lang), _locale("en")
+    numbers: dict[str, list[int]] = {}
+    for number in range(1, 200):
+        numbers.setdefault(locale.plural_form(number), []).append(number)
+    groups = {}
+    for unit in sorted(_units(locale)):
+        forms = _forms(locale, unit)
+        if lang != "en":
+            forms = _without_gaps(forms, _forms(english, unit).values())
+        demanding: dict[str, list[int]] = {}
+        for category in sorted(forms.keys() & numbers.keys()):
+            demanding.setdefault(forms[category], []).extend(numbers[category])
+        for pair in combinations(sorted(demanding), 2):
+            rng = _rng(lang, *pair)
+            groups[pair] = tuple(
+                _continuations(right.format(number), wrong.format(number))
+                for right, wrong in (pair, pair[::-1])
+                for number in [rng.choice(demanding[right])]
+            )
+    return list(groups.values())
+
+
+def countries(lang: str) -> list[Group]:
+    """Country names: "angielski: Germany", next line "polski:", goes on as " Niemcy", out of four.
+
+    The labels are names of languages in the language itself, so that nothing foreign but the asked name is
+    in the question. Names come from English, for English from French. The wrong names are about as long as
+    the right one. Names that are alike in both languages are left out: copying would answer them.
+    """
+    source_lang = "fr" if lang == "en" else "en"
+    source, target = _territories(source_lang), _territories(lang)
+    names = sorted(set(target.values()), key=lambda name: (len(name.encode()), name))
+    labels = _locale(lang).languages
+    groups: list[Group] = []
+    for code in sorted(source.keys() & target.keys()):
+        asked, right = source[code], target[code]
+        if asked.casefold() == right.casefold():
+            continue
+        place = names.index(right)
+        alike = [name for name in names[max(0, place - 10) : place + 11] if name not in (asked, right)]
+        choices = (right, *_rng(lang, code).sample(alike, 3))
+        query = f"{labels[source_lang]}: {asked}\n{labels[lang]}:"
+        groups.append((Item(query, tuple(f" {name}" for name in choices), gold=0),))
+    return groups
+
+
+FAMILIES: dict[str, Callable[[str], list[Group]]] = {"agreement": agreement, "countries": countries}
+
+
+def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Path:
+    """Writes the suite under `root`, if it is not there yet, and returns its folder.
+
+    Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
+    not in `FAMILIES`, for less room than a pair takes, and where nothing is left to ask.
+    """
+    for family in suite.tasks:
+        if family not in FAMILIES:
+            raise UserError(
+                f"suite.tasks has {family!r}", "families of tasks are in eval/suites.py", f"one of {sorted(FAMILIES)}"
+            )
+    if suite.max_items_per_language < 2:
+        raise UserError(
+            f"suite.max_items_per_language = {suite.max_items_per_language}",
+            "agreement is asked in pairs, so there must be room for two",
+            "suite.max_items_per_language=50",
+        )
+    spoken = [lang for lang in LANGUAGES if lang in set(languages)]
+    found = {f"{family}_{lang}": FAMILIES[family](lang) for family in suite.tasks for lang in spoken}
+    sizes = {name: sum(map(len, groups)) for name, groups in found.items()}
+    kept = {
+        name: _shuffle_gold(name, _choose(groups, suite.max_items_per_language))
+        for name, groups in found.items()
+        if sizes[name] >= MIN_ITEMS
+    }
+    if not kept:
+        raise UserError(
+            f"suite.tasks = {list(suite.tasks)} in {sorted(languages)}", "has no questions", f"languages of {LANGUAGES}"
+        )
+    files: dict[str, bytes] = {}
+    for name, items in kept.items():
+        files[f"{name}.jsonl"] = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items).encode()
+        files[f"{name}.yaml"] = _task_yaml(name).encode()
+    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] + b"\0" for name in sorted(files))).hexdigest()
+    index = {
+        "hash": digest,
+        "origin": f"CLDR {get_cldr_version()} through babel {babel.__version__}",
+        "licence": "Unicode-3.0",
+        "tasks": {
+            name: {"items": len(items), "items_found": sizes[name], "chance": 1 / len(items[0].choices)}
+            for name, items in kept.items()
+        },
+        "left_out": {name: size for name, size in sizes.items() if name not in kept},
+    }
+    files["suite.json"] = (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()
+    files["LICENSE-CLDR.txt"] = (Path(babel.__file__).parent / "locale-data" / "LICENSE.unicode").read_bytes()
+    return _write_folder(root / f"suite-{digest[:16]}", files)
+
+
+def _locale(lang: str) -> Locale:
+    return Locale.parse(LOCALES.get(lang, lang))
+
+
+def _rng(*key: str) -> random.Random:
+    return random.Random("/".join(key))
+
+
+def _units(locale: Locale) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+    # babel has no public way to the patterns of all plural forms, only to the right one.
+    return locale._data["unit_patterns"]
+
+
+def _forms(locale: Locale, unit: str) -> dict[str, str]:
+    """Patterns of a unit by plural category; where CLDR has no long ones, it means the short ones."""
+    lengths = _units(locale).get(unit, {})
+    for length in ("long", "short"):
+        forms = {category: _plain(form) for category, form in lengths.get(length, {}).items() if category != "per"}
+        if len(forms) > 1:
+            return {category: form for category, form in forms.items() if _is_spelled_out(form)}
+    return {}
+
+
+def _plain(text: str) -> str:
+    # No-break spaces (U+00A0, U+202F) bind numbers to units in CLDR; running text has plain ones.
+    return text.replace("\u00a0", " ").replace("\u202f", " ")
+
+
+def _is_spelled_out(form: str) -> bool:
+    words = form.replace("{0}", " ").replace("-", " ").replace("’", "").replace("'", "").split()
+    letters = "".join(words)
+    is_abbreviated = any(word.isupper() for word in words) or len(max(words, key=len, default="")) < 3
+    return form.count("{0}") == 1 and letters.isalpha() and not is_abbreviated
+
+
+def _without_gaps(forms: dict[str, str], english: Iterable[str]) -> dict[str, str]:
+    """Without forms that stand for a missing translation: English ones, and short ones, beside native ones."""
+    longest = max(map(len, forms.values()), default=0)
+    native = {
+        category: form for category, form in forms.items() if form not in set(english) and 2 * len(form) > longest
+    }
+    return native or forms
+
+
+def _continuations(right: str, wrong: str) -> Item:
+    """The words both share in front become the query, so that only what differs is scored."""
+    shared = 0
+    for place, (a, b) in enumerate(zip(right, wrong, strict=False)):
+        if a != b:
+            break
+        if a == " ":
+            shared = place
+    return Item(right[:shared], (right[shared:], wrong[shared:]), 0)
+
+
+def _territories(lang: str) -> dict[str, str]:
+    """Names of countries by ISO code; names with a second name in brackets are left out."""
+    return {
+        code: _plain(name)
+        for code, name in _locale(lang).territories.items()
+        if len(code) == 2 and code.isalpha() and code not in NO_TERRITORY and name != code and "(" not in name
+    }
+
+
+def _choose(groups: list[Group], max_items: int) -> list[Item]:
+    """Whole groups drawn with a fixed seed, in their order, up to `max_items` questions."""
+    drawn: list[int] = []
+    room = max_items
+    for place in _rng("choose").sample(range(len(groups)), len(groups)):
+        if len(groups[place]) <= room:
+            drawn.append(place)
+            room -= len(groups[place])
+    return [item for place in sorted(drawn) for item in groups[place]]
+
+
+def _shuffle_gold(name: str, items: list[Item]) -> list[Item]:
+    """The right choice at a place drawn anew for each item: were it always the first, ties would be rewarded."""
+    rng = _rng("gold", name)
+    shuffled = []
+    for item in items:
+        order = rng.sample(range(len(item.choices)), len(item.choices))
+        shuffled.append(Item(item.query, tuple(item.choices[i] for i in order), order.index(item.gold)))
+    return shuffled
+
+
+def _task_yaml(name: str) -> str:
+    # The choices are a list column: a YAML list of templates would be scored literally, unrendered.
+    return f"""task: {name}
+tag: {name.split("_")[0]}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+num_fewshot: 0
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_bytes, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".suite-", dir=folder.parent))
+    beside.chmod(0o755)  # mkdtemp keeps a project's other members out
+    try:
+        for name, content in files.items():
+            (beside / name).write_bytes(content)
+        os.rename(beside, folder)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        # Another run may have been first; the name is the hash of the content, so theirs is ours.
+        if not folder.exists():
+            raise
+    return folder

@@ -1,0 +1,111 @@
+"""Starts the processes of a stage on this machine, as srun or torchrun do on a cluster."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from configs.schema import RunConfig
+from marathon.stages import STAGES
+
+GRACE_S = 15
+"""Time for the other processes to end by themselves once one has failed, and again after being asked."""
+LAST_LINES = 20
+
+
+def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
+    """Runs a stage to its end and returns its exit status: the first that is not 0.
+
+    Rank 0 speaks on this terminal; the others write to RUN/logs, and what one of them said last is shown
+    when it fails. SIGINT and SIGTERM are passed on, and the stage is waited for.
+    """
+    n_processes = cfg.cluster.devices_per_node if STAGES[stage].on_all_devices else 1
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(n_processes):
+        processes.append(_start(stage, run_dir, rank, n_processes, cfg.cluster.cpus_per_device, port))
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for rank, process in enumerate(processes):
+        if (rank and process.returncode not in (0, status)) or (rank and status and not processes[0].returncode):
+            _show_end(_log_path(run_dir, stage, rank))
+    return status
+
+
+def _start(stage: str, run_dir: Path, rank: int, world_size: int, threads: int, port: int) -> "subprocess.Popen[bytes]":
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONSAFEPATH": "1",
+    }
+    output: IO[bytes] | None = None if rank == 0 else open(_log_path(run_dir, stage, rank), "wb")  # noqa: SIM115
+    return subprocess.Popen(
+        [sys.executable, "-m", "marathon.stage", stage, str(run_dir)],
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        # The terminal's Ctrl-C goes to us alone; we pass it on once.
+        start_new_session=True,
+    )
+
+
+def _wait(processes: list["subprocess.Popen[bytes]"]) -> int:
+    """Waits for all; once one fails, the rest get a moment, then a signal, then are killed."""
+    failed_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed_at is None and any(process.returncode for process in processes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            _end([process for process in processes if process.returncode is None])
+        time.sleep(0.05)
+    return next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _end(processes: list["subprocess.Popen[bytes]"]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _log_path(run_dir: Path, stage: str, rank: int) -> Path:
+    return run_dir / "logs" / f"{stage}-rank-{rank}.log"
+
+
+def _show_end(path: Path) -> None:
+    if path.exists() and (lines := path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        print(f"--- end of {path}", *lines[-LAST_LINES:], sep="\n", file=sys.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

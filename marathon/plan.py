@@ -1,0 +1,106 @@
+"""What a run needs, from its config alone: parameters, operations, memory per device by part, tokens, steps."""
+
+from dataclasses import dataclass
+
+from configs.enums import Precision
+from configs.schema import ModelConfig, RunConfig
+from model.decoder import padded_rows
+from model.flops import count_parameters, flops_per_token
+from train.batch import step_shape
+
+ASSUMED_MFU = 0.35
+"""For the estimate of time only; published runs on these machines reach 0.25 to 0.6."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts; the allocator's fragmentation and the libraries come on top."""
+        return sum(vars(self).values())
+
+
+def device_memory(cfg: RunConfig) -> Memory:
+    """Estimates memory of one device.
+
+    Weights stay whole. ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; ZeRO-2 keeps its
+    share in fp32 and passes the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and
+    two moments in fp32) are shared out over all devices. No activations are recomputed.
+    """
+    rows = padded_rows(cfg.tokenizer.vocab_size)
+    parameters = count_parameters(cfg.model, rows)
+    world, sharded = cfg.cluster.world_size, cfg.engine.zero_stage == 2
+    bytes_each = 4 if cfg.engine.precision is Precision.fp32 else 2
+    tokens = step_shape(cfg).micro_batch_seqs * cfg.train.seq_len
+    whole_gradients = parameters * (4 if bytes_each == 4 else 6)
+    return Memory(
+        weights=parameters * bytes_each,
+        gradients=parameters * 4 / world if sharded else whole_gradients,
+        optimizer=parameters * 12 / world,
+        buckets=min(cfg.engine.bucket_elements, parameters) * 4 * 2,
+        activations=tokens * activation_bytes_per_token(cfg.model, bytes_each),
+        # The logits, their copy in fp32, and the gradient of it.
+        logits=tokens * rows * (bytes_each + 4 + 4),
+    )
+
+
+def activation_bytes_per_token(model: ModelConfig, bytes_each: int) -> float:
+    """What the blocks keep for the backward pass, in bytes a token; see `tests/marathon/test_plan.py`."""
+    heads = (model.n_head + 2 * model.n_kv_head) * model.head_dim
+    turned = (model.n_head + model.n_kv_head) * model.head_dim
+    query = model.n_head * model.head_dim
+    # Norms work in fp32: input copy and scaled value, over the stream twice and over queries and keys once.
+    norms = 4 * (2 * 2 * model.d_model + 2 * turned) + bytes_each * (2 * model.d_model + turned)
+    products = bytes_each * (2 * model.d_model + heads + 2 * turned + 2 * query + 4 * model.d_ff)
+    return model.n_layer * (norms + products)
+
+
+def plan_text(cfg: RunConfig) -> str:
+    """The plan as lines for the terminal."""
+    rows = padded_rows(cfg.tokenizer.vocab_size)
+    parameters = count_parameters(cfg.model, rows)
+    tokens = cfg.train.steps * cfg.train.tokens_per_step
+    flops = flops_per_token(cfg.model, rows, cfg.train.seq_len) * tokens
+    memory = device_memory(cfg)
+    lines = [
+        f"run           {cfg.name} on {cfg.cluster.name}: "
+        f"{cfg.cluster.nodes} nodes x {cfg.cluster.devices_per_node} devices",
+        f"parameters    {parameters:,} ({parameters - rows * cfg.model.d_model:,} without the input embedding)",
+        f"tokens        {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.tokens_per_step:,} "
+        f"({tokens / parameters:.1f} a parameter)",
+        f"step          {step_shape(cfg)}",
+        f"compute       {flops:.3g} FLOPs of forward and backward; "
+        f"6 x parameters x tokens = {6 * parameters * tokens:.3g}",
+        _time_line(cfg, flops),
+        f"memory        of one device, ZeRO-{cfg.engine.zero_stage}, {cfg.engine.precision.value}:",
+        *(f"  {name:<12}{size / 2**30:>9.2f} GiB" for name, size in vars(memory).items()),
+        f"  {'total':<12}{memory.total / 2**30:>9.2f} GiB of {cfg.cluster.device_memory_gib:.0f} GiB",
+        f"checkpoint    {12 * parameters / 2**30:.1f} GiB each, {_n_checkpoints(cfg)} kept",
+    ]
+    if memory.total > cfg.cluster.device_memory_gib * 2**30:
+        lines.append("WARNING       this does not fit: train.max_micro_batch_seqs=1, engine=zero2, or more devices")
+    return "\n".join(lines)
+
+
+def _time_line(cfg: RunConfig, flops: float) -> str:
+    if not cfg.cluster.peak_tflops:
+        return "time          depends on this processor: its peak is measured when the run starts"
+    device_hours = flops / (cfg.cluster.peak_tflops * 1e12 * ASSUMED_MFU) / 3600
+    return (
+        f"time          {device_hours:,.0f} device-hours, {device_hours / cfg.cluster.world_size:,.1f} hours, at an "
+        f"assumed MFU of {ASSUMED_MFU:.0%} of {cfg.cluster.peak_tflops} TFLOP/s"
+    )
+
+
+def _n_checkpoints(cfg: RunConfig) -> int:
+    written = 1 + -(-cfg.train.steps // cfg.train.save_every_steps)
+    return min(written, 1 + cfg.train.keep_checkpoints) if cfg.train.keep_checkpoints else written

@@ -1,0 +1,106 @@
+"""To and from Hugging Face: our state dict and config as those of `Qwen3ForCausalLM`."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from configs.schema import ModelConfig
+from model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
+OUR_TO_THEIR_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp": "mlp",
+}
+
+
+def to_their_name(name: str) -> str:
+    """Name of a parameter in `Qwen3ForCausalLM`."""
+    match name.split("."):
+        case ["embedding", "weight"]:
+            return "model.embed_tokens.weight"
+        case ["final_norm", "weight"]:
+            return "model.norm.weight"
+        case ["output", "weight"]:
+            return "lm_head.weight"
+        case ["blocks", layer, part, *rest]:
+            return ".".join(["model.layers", layer, OUR_TO_THEIR_BLOCK[part], *rest])
+    raise ValueError(f"no parameter of the decoder is named {name!r}")
+
+
+def to_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under their names; the tensors are shared, not copied."""
+    return {to_their_name(name): tensor for name, tensor in state.items()}
+
+
+def to_our_state(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
+    """Their state dict under our names, for loading into `decoder`; a tied `lm_head` is left out."""
+    return {name: state[to_their_name(name)] for name in decoder.state_dict()}
+
+
+def to_their_config(
+    cfg: ModelConfig, *, vocab_rows: int, seq_len: int, bos_id: int, eos_id: int, pad_id: int, dtype: str
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Both generations of keys are written. transformers 4 reads `rope_theta` and `torch_dtype`, and falls back
+    to a RoPE base of 10,000 without a word where only `rope_parameters` is there; transformers 5 reads the
+    new keys.
+    """
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocab_rows,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.n_kv_head,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "initializer_range": cfg.init_std,
+        "rms_norm_eps": cfg.norm_eps,
+        "use_cache": True,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": cfg.n_layer,
+        "layer_types": ["full_attention"] * cfg.n_layer,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def to_transformers(
+    decoder: Decoder, *, seq_len: int, bos_id: int = 1, eos_id: int = 2, pad_id: int = 3
+) -> "Qwen3ForCausalLM":
+    """The decoder as a `Qwen3ForCausalLM` in evaluation mode, in its own dtype, on its own device."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    weight = decoder.embedding.weight
+    theirs = to_their_config(
+        decoder.cfg,
+        vocab_rows=weight.shape[0],
+        seq_len=seq_len,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )
+    # from_pretrained fills what it is given and initialises nothing twice; buffers such as RoPE's come out right.
+    model = Qwen3ForCausalLM.from_pretrained(
+        None, config=Qwen3Config(**theirs), state_dict=to_their_state(decoder.state_dict()), dtype=weight.dtype
+    )
+    return model.to(weight.device).eval()

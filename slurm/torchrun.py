@@ -1,0 +1,12 @@
+"""torchrun that ends with the status of the rank that failed first; its own would be 1 for every failure."""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)

@@ -1,0 +1,162 @@
+"""Composition: what holds, what is refused, and in which words."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.compose import GROUPS, compose, config_hash, diff, freeze, is_free_to_change, load, settings_hash
+from configs.enums import Precision
+from configs.errors import UserError
+from configs.schema import RunConfig
+
+
+def names(group):
+    return sorted(p.stem for p in (GROUPS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("cluster", names("cluster"))
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_on_every_cluster_freezes_and_reloads(tmp_path, experiment, cluster):
+    cfg = compose([f"experiment={experiment}", f"cluster={cluster}"])
+    freeze(cfg, tmp_path / "config.yaml")
+    again = load(tmp_path / "config.yaml")
+    assert again == cfg
+    assert config_hash(again) == config_hash(cfg)
+    assert diff(cfg, again) == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("group", [p.name for p in GROUPS.iterdir() if p.is_dir() and any(p.glob("*.yaml"))])
+def test_every_choice_of_every_group_fits_the_schema(group):
+    for name in names(group):
+        overrides = [f"{group}={name}"] + ([] if group == "experiment" else ["experiment=smoke"])
+        if group == "schedule":
+            overrides += ["schedule.warmup_steps=1"]
+        if (group, name) != ("engine", "zero1"):
+            overrides += ["engine.comm_precision=fp32"]
+        assert isinstance(compose(overrides), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "rule_or_repair"),
+    [
+        ([], "no experiment", "smoke"),
+        (["experiment=nope"], "experiment=nope", "experiment= one of eu24_1b"),
+        (["corpus=nope"], "corpus=nope", "corpus= one of fineweb2_eu24, udhr"),
+        (["+model.typo=1"], "typo", "no such field"),
+        (["model.typo=1"], "model.typo", "configs/schema.py"),
+        (["model.n_head=7"], "model.n_head = 7", "n_kv_head must divide n_head"),
+        (["model.n_head=seven"], "model.n_head: Value 'seven'", "must fit its field"),
+        (["engine.precision=bf17"], "bf17", "must fit its field"),
+        (["train.tokens_per_step=8000"], "8000", "train.tokens_per_step=8192"),
+        (["cluster.devices_per_node=3"], "32 sequences over 3 devices", "train.tokens_per_step=8448"),
+        (["engine.zero_stage=3"], "engine.zero_stage = 3", "1 and 2 are supported"),
+        (["name=a/b"], "name = 'a/b'", "letters, digits"),
+        (["optim.lr=-1"], "optim.lr = -1", "greater than 0"),
+        (["engine.comm_precision=bf16"], "comm_precision = bf16", "engine.comm_precision=fp32"),
+        (["mixture.rule=weights"], "mixture.rule = weights", "needs them"),
+        (["log.wandb=online"], "log.wandb = online", "wandb sync"),
+        (["cluster=lumi", "cluster.peak_tflops=0"], "peak_tflops", "vendor"),
+        (["a b=c"], "a b=c", "correct the value"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(overrides, found, rule_or_repair):
+    given_overrides = (
+        overrides if not overrides or overrides[0].startswith("experiment") else ["experiment=smoke", *overrides]
+    )
+    with pytest.raises(UserError) as error:
+        compose(given_overrides)
+    text = str(error.value)
+    assert found in text
+    assert rule_or_repair in text
+    assert "rule:" in text
+    assert "repair:" in text
+
+
+def test_broken_rules_are_told_together():
+    with pytest.raises(UserError) as error:
+        compose(
+            [
+                "experiment=smoke",
+                "name=a/b",
+                "cluster.devices_per_node=3",
+                "corpus.holdout={by_field: '', by_values: []}",
+            ]
+        )
+    assert str(error.value).count("rule:") == 3
+
+
+def test_a_hub_dataset_needs_its_commit():
+    source = "+corpus.sources.x={format: hub, path: org/set, licence: MIT, origin: y}"
+    with pytest.raises(UserError, match="hub_revision"):
+        compose(["experiment=smoke", source])
+    with pytest.raises(UserError, match=r"corpus.sources.x.licence"):
+        compose(["experiment=smoke", "+corpus.sources.x={format: hub, path: org/set, origin: y}"])
+
+
+def test_an_experiment_wins_over_the_root_and_the_command_line_over_both():
+    assert compose(["experiment=eu24_8b"]).engine.zero_stage == 2
+    assert compose(["experiment=eu24_8b", "engine=zero1"]).engine.zero_stage == 1
+    assert compose(["experiment=smoke"]).engine.precision is Precision.fp32
+
+
+def test_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()
+    source = "+corpus.sources.x={format: jsonl, path: mine.jsonl, licence: MIT, origin: y}"
+    cfg = compose(["experiment=smoke", source, "cluster.scratch=here"])
+    assert cfg.corpus.sources["x"].path == str(tmp_path / "mine.jsonl")
+    assert cfg.cluster.scratch == str(tmp_path / "here")
+    assert compose(["experiment=smoke"]).corpus.sources["udhr"].path.startswith("package:")
+
+
+def test_a_difference_is_told_by_its_dotted_name():
+    old, new = compose(["experiment=smoke"]), compose(["experiment=smoke", "optim.lr=1", "log.wandb=offline"])
+    changes = diff(old, new)
+    assert changes["optim.lr"] == (4e-3, 1.0)
+    assert set(changes) == {"optim.lr", "log.wandb"}
+    assert not is_free_to_change("optim.lr")
+    assert is_free_to_change("log.wandb")
+    assert not is_free_to_change("train.tokens_per_step")
+    assert is_free_to_change("train.tokens")
+    assert is_free_to_change("corpus.sources.udhr.path")
+    assert settings_hash(old) != settings_hash(new)
+    assert settings_hash(old) == settings_hash(compose(["experiment=smoke", "suite=cldr"]))
+
+
+def test_a_frozen_file_of_another_schema_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    freeze(compose(["experiment=smoke"]), path)
+    path.write_text(path.read_text() + "unknown: 1\n")
+    with pytest.raises(UserError, match="unknown"):
+        load(path)
+    with pytest.raises(UserError, match="is not there"):
+        load(tmp_path / "none.yaml")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lr=st.floats(1e-6, 1.0),
+    n_layer=st.integers(1, 200),
+    name=st.text(st.sampled_from("abcXYZ019._-"), min_size=1).filter(lambda s: not s.startswith(".")),
+)
+def test_any_valid_config_survives_freezing(tmp_path_factory, lr, n_layer, name):
+    base = compose(["experiment=smoke"])
+    cfg = dataclasses.replace(
+        base,
+        name=name,
+        optim=dataclasses.replace(base.optim, lr=lr),
+        model=dataclasses.replace(base.model, n_layer=n_layer),
+    )
+    path = tmp_path_factory.mktemp("frozen") / "config.yaml"
+    freeze(cfg, path)
+    assert load(path) == cfg
+
+
+def test_composing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compose(["experiment=smoke"])
+    assert list(Path(tmp_path).iterdir()) == []

@@ -1,0 +1,350 @@
+"""The report: whole and offline whatever a run's folder holds, true to it, and marked where it is silent."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.compose import compose, freeze
+from configs.errors import UserError
+from marathon.charts import Interval, Line, axis, bar, dot_plot, line_chart, thinned
+from marathon.numerals import change, count, fixed, moment, percent, power, short
+from marathon.report import write_report
+from marathon.runfiles import read_run
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+EU46 = re.findall(
+    r"\S+",
+    "bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv ca eu gl cy is nb nn sq mk sr bs uk "
+    "be ru tr ka hy lb rm fo se sr-Latn",
+)
+
+
+def train_line(step: int, **changes: Any) -> dict[str, Any]:
+    facts = {"loss": 8.0 - step / 10, "lr": 0.002, "grad_norm": 1.0, "tokens_per_s": 9100.0, "mfu": 0.4137}
+    return {"kind": "train", "step": step, "tokens": step * 100, **facts, "memory_gib": 0.8, "time": 1.0} | changes
+
+
+def valid_line(step: int, bpb: dict[str, Any]) -> dict[str, Any]:
+    consumed = dict.fromkeys(bpb, step * 10)
+    finite = [v for v in bpb.values() if isinstance(v, float) and math.isfinite(v)]
+    mean = sum(finite) / len(finite) if finite else None
+    return {
+        "kind": "valid",
+        "step": step,
+        "tokens": step * 100,
+        "bpb": bpb,
+        "bpb_mean": mean,
+        "consumed": consumed,
+        "time": 1.0,
+    }
+
+
+def evaluation(step: int, codes: list[str]) -> dict[str, Any]:
+    entry = {"bpb": 2.25, "low": 2.11, "high": 2.39, "documents": 6, "bytes": 2000, "tokens": 800}
+    task = {"acc": 0.5625, "acc_stderr": 0.124, "chance": 0.5, "items": 16}
+    return {
+        "checkpoint": f"step-{step}",
+        "step": step,
+        "tokens": step * 100,
+        "bpb": dict.fromkeys(codes, entry),
+        "bpb_mean": 2.25,
+        "tasks": {f"agreement_{code}": task for code in codes},
+    }
+
+
+def write_run(
+    folder: Path, metrics: list[Any] = (), ledger: list[Any] = (), evaluations: list[Any] = (), tail: str = ""
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + tail)
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
+    (folder / "eval").mkdir(exist_ok=True)
+    for n, record in enumerate(evaluations):
+        (folder / "eval" / f"{n}.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    codes = ["de", "fr", "mt"]
+    ledger = [
+        {"event": "frozen", "time": 0.0, "config_hash": "c0ffee" * 10, "software": {"torch": "2.13.0"}, "commit": "ab" * 20},
+        {"event": "corpus", "time": 1.0, "corpus_hash": "de" * 32, "documents": 720, "tokens": 5000, "bytes": 15000, "licences": ["CC0-1.0"]},
+        {"event": "mixture", "time": 2.0, "rows": [{"language": c, "available_tokens": 400, "share": 1 / 3, "tokens": 800, "epochs": 2.0, "capped": c == "mt"} for c in codes]},
+        {"event": "train_start", "time": 3.0, "step": 0, "tokens": 0, "world_size": 2, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "peak_tflops": 0.11, "peak_source": "measured", "flops_per_token": 9.56e6, "container": "GAP: no container announced itself"},
+        {"event": "checkpoint", "time": 4.0, "name": "step-20", "step": 20, "tokens": 2000, "sha256": "12" * 32, "order_hash": "34" * 32},
+        {"event": "changed", "time": 5.0, "settings": {"cluster.devices_per_node": ["2", "1"]}},
+        {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "world_size": 1, "parameters": 1314944},
+        {"event": "train_end", "time": 7.0, "steps": 40, "tokens": 4000, "flops": 9.4e12, "device_hours": 0.06, "energy_kwh": "GAP: no meter"},
+    ]  # fmt: skip
+    metrics = [valid_line(0, {"de": 4.81, "fr": 5.12, "mt": 6.03})]
+    metrics += [train_line(s) for s in range(10, 41, 10)]
+    metrics += [valid_line(40, {"de": 1.62, "fr": 1.71, "mt": 2.45})]
+    return write_run(tmp_path / "run", metrics, ledger, [evaluation(20, codes), evaluation(40, codes)])
+
+
+class Page(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def drawings(html: str) -> list[str]:
+    """Every outermost <svg> of a page."""
+    found, depth, start = [], 0, 0
+    for tag in re.finditer(r"<svg|</svg>", html):
+        if depth == 0:
+            start = tag.start()
+        depth += 1 if tag[0] == "<svg" else -1
+        if depth == 0:
+            found.append(html[start : tag.end()])
+    return found
+
+
+def read_page(run_dir: Path) -> Page:
+    """Writes the report and holds it to what every report keeps: well-formed, without requests, no bare NaN."""
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    page = Page(html)
+    for drawing in drawings(html):
+        ET.fromstring(drawing)
+    assert all(a.startswith(("#", "data:")) for a in page.addresses), page.addresses
+    style_and_script = "".join(re.findall(r"<style>.*?</style>|<script>.*?</script>", html, re.DOTALL))
+    assert not re.search(r"https?:|url\(|@import|fetch\(|import\(", style_and_script)
+    assert "default-src 'none'" in html
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', html), "a drawing holds a number that is none"
+    assert not re.search(r">\s*(nan|inf|None)\s*<", html)
+    assert not list(run_dir.glob("*.tmp"))
+    return page
+
+
+def test_full_run_shows_its_facts(full_run: Path) -> None:
+    text = read_page(full_run).text
+    for fact in (
+        "1,314,944",
+        "4.81 → 1.62", "5.12 → 1.71", "6.03 → 2.45", "−66.3 %", "−66.6 %", "−59.4 %",
+        "2.11 to 2.39", "German", "Maltese",
+        "41.4 %", "0.11 TFLOP/s", "9.56 × 10⁶", "9.40 × 10¹²", "0.06 device-hours",
+        "12" * 32, "34" * 32, "ab" * 20, "c0ffee" * 10, "de" * 32,
+        "CC0-1.0", "33.3 %", "2.00 (cap)",
+        "0.562 ± 0.124", "agreement (chance 0.5)",
+        "Training resumed at step 20 on 1 device", "cluster.devices_per_node from 2 to 1",
+        "GAP: no meter", "GAP: no container announced itself", "torch", "EPYC",
+    ):  # fmt: skip
+        assert fact in text, fact
+
+
+def test_state_is_read_from_the_ledger(full_run: Path) -> None:
+    assert "a run, finished" in read_page(full_run).text
+    lines = (full_run / "ledger.jsonl").read_text().splitlines()
+    (full_run / "ledger.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    page = read_page(full_run).text
+    assert "at step 40 of" in page and "GAP: recorded when training ends" in page
+
+
+def test_config_gives_name_and_settings(full_run: Path) -> None:
+    freeze(compose(["experiment=smoke", "name=my-run"]), full_run / "config.yaml")
+    text = read_page(full_run).text
+    for fact in ("my-run", "983,040", "0.004, wsd", "unimax", "fp32, gradients travel in fp32"):
+        assert fact in text, fact
+    assert "Slovenian" in text, "a configured language without a value still has its panel"
+
+
+def test_config_of_another_version_is_a_gap(full_run: Path) -> None:
+    (full_run / "config.yaml").write_text("nmae: typo\n")
+    assert "GAP: config.yaml:" in read_page(full_run).text
+
+
+def test_missing_files_are_gaps(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    text = read_page(tmp_path / "empty").text
+    for reason in (
+        "no validation yet", "no training line yet", "no checkpoint has been evaluated", "records no checkpoint",
+        "ledger.jsonl is missing", "neither a planned mixture", "config.yaml", "training has not started",
+    ):  # fmt: skip
+        assert re.search(f"GAP: [^<]*{reason}", text), reason
+
+
+def test_no_folder_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_later_lines_win_after_a_restart(tmp_path: Path) -> None:
+    metrics = [train_line(10), train_line(20, loss=7.77), valid_line(20, {"de": 9.0}), train_line(30, loss=6.66)]
+    metrics += [train_line(20, loss=5.55), valid_line(20, {"de": 3.0})]
+    run = read_run(write_run(tmp_path, metrics, tail='{"kind": "train", "step": 30, "lo'))
+    assert [(r["step"], r["loss"]) for r in run.train] == [(10, 7.0), (20, 5.55)], (
+        "step 30 belongs to a course given up"
+    )
+    assert [r["bpb"]["de"] for r in run.valid] == [3.0]
+
+
+def test_validation_and_training_line_of_one_step_live_together(tmp_path: Path) -> None:
+    for order in ([train_line(10), valid_line(10, {"de": 3.0})], [valid_line(10, {"de": 3.0}), train_line(10)]):
+        run = read_run(write_run(tmp_path, order))
+        assert len(run.train) == len(run.valid) == 1
+
+
+def test_what_is_not_finite_is_told(tmp_path: Path) -> None:
+    metrics = [
+        valid_line(0, {"de": 4.0, "fr": 4.0}),
+        train_line(10),
+        train_line(20, loss=None),
+        train_line(30, loss=math.inf),
+    ]
+    metrics += [train_line(40), valid_line(40, {"de": math.nan, "fr": 2.0})]
+    text = read_page(write_run(tmp_path, metrics)).text
+    assert "Not finite at step 20, 30" in text
+    assert "4.00 → GAP: not a finite number" in text and "4.00 → 2.00" in text
+
+
+def test_one_validation_claims_no_change(tmp_path: Path) -> None:
+    text = read_page(write_run(tmp_path, [valid_line(0, {"de": 4.0})])).text
+    assert "4.00 → 4.00" in text and "GAP: one validation only" in text and "0.0 %" not in text
+
+
+def test_a_start_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:
+    text = read_page(write_run(tmp_path, [valid_line(40, {"de": 2.0}), valid_line(80, {"de": 1.0})])).text
+    assert "GAP: no validation at step 0 → 1.00" in text and "−50" not in text
+
+
+def test_an_interval_of_another_step_says_so(tmp_path: Path) -> None:
+    metrics = [valid_line(0, {"de": 4.0}), valid_line(40, {"de": 2.0})]
+    text = read_page(write_run(tmp_path, metrics, evaluations=[evaluation(20, ["de"])])).text
+    assert "2.11 to 2.39 at step 20" in text
+
+
+def test_46_languages_each_have_start_end_and_interval(tmp_path: Path) -> None:
+    starts = {code: 5.0 + n / 100 for n, code in enumerate(EU46)}
+    ends = {code: 1.0 + n / 100 for n, code in enumerate(EU46)}
+    metrics = [valid_line(0, starts), valid_line(100, ends)]
+    text = read_page(write_run(tmp_path, metrics, evaluations=[evaluation(100, EU46)])).text
+    assert len(EU46) == 46
+    for code in EU46:
+        assert f"{starts[code]:.2f} → {ends[code]:.2f}" in text and f" {code} " in text
+
+
+def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>\"'&"
+    ledger = [
+        {"event": "train_start", "time": 1, "step": 5, "hardware": {bad: [bad]}, "container": bad, "peak_source": bad},
+        {"event": "frozen", "commit": bad, "config_hash": bad, "software": {bad: bad}},
+        {"event": "checkpoint", "name": bad, "sha256": bad},
+        {"event": "mixture", "rows": [{"language": bad, "share": 1.0}]},
+        {"event": "changed", "settings": {bad: [bad, bad]}},
+        {"event": bad, bad: bad},
+    ]
+    metrics = [valid_line(0, {bad: 3.0, "de": 3.0}), valid_line(9, {bad: 2.0, "de": 2.0})]
+    run = write_run(tmp_path, metrics, ledger, [evaluation(9, [bad])])
+    page = read_page(run)
+    assert "<script>alert" not in write_report(run).read_text() and bad in page.text
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+numbers = st.floats() | st.none() | st.integers()
+values = st.dictionaries(st.sampled_from(["de", "fr", "sr-Latn", "<b>"]), numbers, max_size=4)
+metric_lines = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["train", "valid"]), "step": st.integers(0, 50)},
+    optional={"tokens": numbers, "loss": numbers, "lr": numbers, "mfu": numbers, "bpb": values, "consumed": values, "bpb_mean": numbers},
+)  # fmt: skip
+events = st.sampled_from(
+    ["frozen", "corpus", "mixture", "train_start", "checkpoint", "train_end", "changed", "stage", "x"]
+)
+keys = st.sampled_from(
+    ["step", "tokens", "rows", "settings", "hardware", "software", "flops", "steps", "name", "sha256"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    metrics=st.lists(metric_lines | anything, max_size=8),
+    ledger=st.lists(st.builds(lambda e, t, f: {"event": e, "time": t, **f}, events, numbers, st.dictionaries(keys, anything, max_size=4)) | anything, max_size=6),
+    evaluations=st.lists(st.fixed_dictionaries({}, optional={"step": numbers, "bpb": anything | st.dictionaries(st.sampled_from(["de", "fr"]), values | st.just({"bpb": 1.0, "low": 0.9, "high": 1.1})), "tasks": anything | st.just({"a_de": {"acc": 0.5}})}) | anything, max_size=3),
+)  # fmt: skip
+def test_any_folder_gives_a_whole_page(
+    tmp_path_factory: pytest.TempPathFactory, metrics: list[Any], ledger: list[Any], evaluations: list[Any]
+) -> None:
+    read_page(write_run(tmp_path_factory.mktemp("run"), metrics, ledger, evaluations, tail='{"kind": "tr'))
+
+
+@given(st.lists(st.floats(), max_size=6), st.booleans(), st.booleans())
+def test_an_axis_holds_its_values(values: list[float], from_zero: bool, rounded: bool) -> None:
+    found = axis(values, from_zero=from_zero, rounded=rounded)
+    drawable = [v for v in values if math.isfinite(v) and abs(v) < 1e200]
+    slack = 1e-6
+    assert all(-slack <= found.share(v) <= 1 + slack for v in [*drawable, *found.ticks])
+    assert len(found.ticks) <= 14
+
+
+def test_axes_have_round_numbers() -> None:
+    assert axis([0, 983_040]).ticks == (0, 200_000, 400_000, 600_000, 800_000)
+    assert axis([2.8, 8.1], rounded=True).ticks == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert axis([]).ticks[0] == 0
+
+
+def test_thinning_keeps_the_spike() -> None:
+    points = [(float(n), 1.0) for n in range(10_000)]
+    points[7_321] = (7_321.0, 99.0)
+    points[500] = (500.0, math.nan)
+    kept = thinned(points)
+    assert (7_321.0, 99.0) in kept and len(kept) < 700 and any(math.isnan(v) for _, v in kept)
+    assert [at for at, _ in kept] == sorted(at for at, _ in kept)
+
+
+def test_a_hole_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
+    line = Line("loss", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 2.0)])
+    drawing = line_chart("loss", [line], axis([0, 3]), axis([1, 2]))
+    path = re.search(r' d="([^"]+)"', drawing)
+    assert path and path[1].count("M") == 2 and path[1].count("L") == 1 and path[1].endswith("h0")
+
+
+def test_dot_plot_and_bar_survive_gaps() -> None:
+    rows = [Interval("de", math.nan, math.nan, math.nan, "GAP", None), Interval("fr", 0.5, 0.4, math.inf, "0.5", 0.25)]
+    drawing = dot_plot("accuracy", rows, axis([0, 1]))
+    assert drawing.count("<circle") == 1 and drawing.count('class="interval"') == 0
+    assert 'width="0.00%"' in bar(None, None, 0.0) and 'width="50.00%"' in bar(0.2, math.nan, 0.4)
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert (count(983_040), count(1.5e9), count(None)) == ("983,040", "1.5B", "GAP: not recorded")
+    assert (short(80_000), short(0.25), short(999_960)) == ("80k", "0.25", "1M")
+    assert (fixed(-0.5), fixed(math.nan)) == ("−0.50", "GAP: not a finite number")
+    assert (percent(0.4137), change(4.0, 1.0), change(0.0, 1.0)[:3]) == ("41.4 %", "−75.0 %", "GAP")
+    assert power(9.4e-12) == "9.40 × 10⁻¹²"
+    assert moment(1_764_000_000) == "2025-11-24 16:00 UTC" and moment(1e30).startswith("GAP")

@@ -1,0 +1,114 @@
+"""What a run says while it trains: metrics.jsonl always, the terminal, and Weights & Biases when asked.
+
+The only file that imports wandb. A run that was killed and resumed from an earlier step repeats some steps
+in metrics.jsonl; readers let the later line win.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.compose import to_yaml
+from configs.enums import Device, WandbMode
+from configs.schema import RunConfig
+from train.dist import Rank
+
+MFU_FORMULA = "MFU = model FLOPs per token x tokens/s / (devices x peak)"
+
+
+class Metrics:
+    """Writes metric records; on ranks other than the first it does nothing."""
+
+    def __init__(self, run_dir: Path, cfg: RunConfig, rank: Rank) -> None:
+        self.path = run_dir / "metrics.jsonl" if rank.is_first else None
+        self.steps = cfg.train.steps
+        self._wandb = _start_wandb(run_dir, cfg) if rank.is_first and cfg.log.wandb is not WandbMode.off else None
+
+    def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
+        """One record: appended to metrics.jsonl, a line on the terminal, and sent to wandb."""
+        if self.path is None:
+            return
+        record = {"kind": kind, "step": step, "tokens": tokens, **values, "time": round(time.time(), 3)}
+        # Infinity and NaN are not JSON; a reader should not stumble over the record that tells of them.
+        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(_line(record, self.steps), flush=True)
+        if self._wandb is not None:
+            self._wandb.log(_flat(kind, values), step=step)
+
+    def close(self) -> None:
+        """Ends the wandb run, if there is one."""
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest use so far: of the device's allocator, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_flops(cfg: RunConfig, rank: Rank) -> float:
+    """Peak of one device in operations a second, as the config states it, or on a CPU as measured.
+
+    Measured: the best of some products of two 1024 x 1024 fp32 matrices, all ranks at once, averaged over
+    ranks. It is what this machine can do for the plainest kernel, so MFU on a CPU is a share of that.
+    """
+    if cfg.cluster.peak_tflops > 0:
+        return cfg.cluster.peak_tflops * 1e12
+    assert cfg.cluster.device is Device.cpu
+    a, b = torch.randn(2, 1024, 1024)
+    best_s = math.inf
+    rank.barrier()
+    for _ in range(8):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best_s = min(best_s, time.perf_counter() - begin)
+    return rank.sum([2 * 1024**3 / best_s])[0] / rank.world_size
+
+
+def _line(record: dict[str, Any], steps: int) -> str:
+    """The record as a plain line for terminal and log."""
+    where = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if record["kind"] == "valid":
+        worst = max(record["bpb"], key=record["bpb"].get)
+        return f"{where}  validation {record['bpb_mean']:.3f} bits per byte (worst {worst} {record['bpb'][worst]:.3f})"
+    return (
+        f"{where}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  gradient {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_s']:,.0f} tokens/s  MFU {record['mfu']:.1%}  {record['memory_gib']:.1f} GiB"
+    )
+
+
+def _start_wandb(run_dir: Path, cfg: RunConfig) -> Any:
+    import wandb
+
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=cfg.log.wandb_project,
+        name=cfg.name,
+        id=cfg.name,
+        resume="allow",
+        mode="online" if cfg.log.wandb is WandbMode.online else "offline",
+        dir=str(logs),
+        config={"yaml": to_yaml(cfg)},
+    )
+
+
+def _flat(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update({f"{kind}/{key}/{inner}": number for inner, number in value.items()})
+        else:
+            out[f"{kind}/{key}"] = value
+    return out
