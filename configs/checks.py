@@ -4,7 +4,7 @@ They run on the composed config, before anything is written or started. A rule r
 instead of raising it, so that one round of mending is enough.
 """
 
-from configs.enums import Device, MixtureRule, Precision, SourceFormat, WandbMode
+from configs.enums import Device, MixtureRule, Precision, ScheduleName, SourceFormat, WandbMode
 from configs.errors import UserError, raise_together
 from configs.schema import RunConfig
 
@@ -36,13 +36,15 @@ def _sequences_divide_over_devices(cfg: RunConfig) -> UserError | None:
     )
 
 
-def _warmup_ends_before_training(cfg: RunConfig) -> UserError | None:
-    if cfg.schedule.warmup_steps < cfg.train.steps:
+def _warmup_ends_before_the_decay(cfg: RunConfig) -> UserError | None:
+    steps = cfg.train.steps
+    decay_steps = round(cfg.schedule.decay_share * steps) if cfg.schedule.name is ScheduleName.wsd else 0
+    if cfg.schedule.warmup_steps <= steps - max(decay_steps, 1):
         return None
     return UserError(
-        f"schedule.warmup_steps = {cfg.schedule.warmup_steps} of {cfg.train.steps} steps",
-        "the warm-up has to end before the training does",
-        f"schedule.warmup_steps={cfg.train.steps // 10}, or more train.tokens",
+        f"schedule.warmup_steps = {cfg.schedule.warmup_steps}, of {steps} steps the last {decay_steps} decay",
+        "the warm-up has to end before the decay begins",
+        f"schedule.warmup_steps={steps // 10}, or more train.tokens",
     )
 
 
@@ -118,7 +120,7 @@ def _wandb_online_needs_a_network(cfg: RunConfig) -> UserError | None:
 RULES = (
     _name_is_a_folder_name,
     _sequences_divide_over_devices,
-    _warmup_ends_before_training,
+    _warmup_ends_before_the_decay,
     _weights_fit_their_rule,
     _something_is_held_out,
     _a_source_exists,

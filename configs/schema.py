@@ -211,9 +211,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         require_share("schedule", decay_share=self.decay_share, final_lr_share=self.final_lr_share)
-        require(
-            self.warmup_steps >= 0, f"schedule.warmup_steps = {self.warmup_steps}", "cannot be negative", "0 or more"
-        )
+        n = self.warmup_steps
+        require(n >= 0, f"schedule.warmup_steps = {n}", "cannot be negative", "0 or more")
 
 
 @dataclass
@@ -311,6 +310,11 @@ class SuiteConfig:
     """Resamplings of documents for the intervals of bits per byte."""
     batch_seqs: int = 16
     """Sequences scored at a time on one device."""
+
+    def __post_init__(self) -> None:
+        require_positive("suite", bootstrap_samples=self.bootstrap_samples, batch_seqs=self.batch_seqs)
+        n = self.max_items_per_language
+        require(n >= 2, f"suite.max_items_per_language = {n}", "a standard error takes two items", "2 or more")
 
 
 @dataclass

@@ -42,7 +42,7 @@ class ValidDocuments:
 
     def __init__(self, corpus_dir: Path) -> None:
         self._dir, self._manifest = corpus_dir, Manifest.load(corpus_dir)
-        self.languages = sorted({s.language for s in self._manifest.shards if s.split == VALID})
+        self.languages = self._manifest.languages(VALID)
 
     def read_all(self) -> list[ValidDocument]:
         """Documents of all languages, language by language."""
@@ -58,9 +58,7 @@ class ValidDocuments:
         ]
 
     def _rows(self, language: str) -> Iterator[tuple[str, str, int, Shard, int]]:
-        for entry in self._manifest.shards:
-            if entry.split != VALID or entry.language != language:
-                continue
+        for entry in self._manifest.shards_of(language, VALID):
             shard = Shard(self._dir / entry.stem)
             for row, (doc_id, n_bytes) in enumerate(read_sidecar(self._dir / entry.stem, "id", "n_bytes")):
                 yield doc_id, entry.source, n_bytes, shard, row

@@ -16,7 +16,7 @@ from data.shards import SUFFIXES
 
 MANIFEST = "manifest.json"
 TRAIN, VALID = "train", "valid"
-"""The splits."""
+"""The two splits: what training reads, and what it never sees."""
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,22 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What the ledger and the papers tell of the corpus: sums by source and by language, held-out text left out."""
-        sources: dict[str, dict[str, Any]] = {}
-        languages: dict[str, dict[str, int]] = {}
-        for shard in self.shards:
-            if shard.split != TRAIN:
-                continue
-            named = {"licence": shard.licence, "origin": shard.origin}
-            for entry in (sources.setdefault(shard.source, named), languages.setdefault(shard.language, {})):
-                for unit, n in (("documents", shard.n_docs), ("tokens", shard.n_tokens), ("bytes", shard.n_bytes)):
-                    entry[unit] = entry.get(unit, 0) + n
+        """What the ledger says of the corpus. Counts are those of the training split unless they say otherwise."""
+        train = [s for s in self.shards if s.split == TRAIN]
+        by_source = {name: [s for s in train if s.source == name] for name in sorted(self.n_read)}
         return {
             "corpus_hash": self.corpus_hash,
-            "sources": sources,
-            "languages": languages,
-            **{unit: sum(entry[unit] for entry in languages.values()) for unit in ("documents", "tokens", "bytes")},
+            **_counts(train),
+            "held_out_documents": sum(s.n_docs for s in self.shards if s.split == VALID),
+            "licences": sorted({s.licence for s in train}),
+            "sources": {
+                name: {"licence": shards[0].licence, "origin": shards[0].origin, **_counts(shards)}
+                for name, shards in by_source.items()
+                if shards
+            },
+            "languages": {lang: _counts(self.shards_of(lang, TRAIN)) for lang in self.languages(TRAIN)},
             "quarantine": self.quarantine,
+            "other_languages": self.other_languages,
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer_sha256": self.tokenizer.sha256,
         }
@@ -145,3 +145,11 @@ def verify(corpus_dir: Path) -> None:
                 "training reads exactly the bytes that were prepared",
                 f"remove {corpus_dir} and prepare it again",
             )
+
+
+def _counts(shards: list[ShardEntry]) -> dict[str, int]:
+    return {
+        "documents": sum(s.n_docs for s in shards),
+        "tokens": sum(s.n_tokens for s in shards),
+        "bytes": sum(s.n_bytes for s in shards),
+    }

@@ -86,7 +86,8 @@ class OrderHash:
         place, sample = (np.asarray(x, np.int64).ravel().view(np.uint64) for x in (positions, sample_ids))
         for lane in range(2):
             mixed = _mix(_mix(place + np.uint64(_GOLDEN * (lane + 1) % 2**64)) ^ sample)
-            self.state[lane] += _mix(mixed).sum(dtype=np.uint64).view(np.int64)
+            # A slice, since numpy warns of the overflow of a scalar; the sum is meant to wrap.
+            self.state[lane : lane + 1] += _mix(mixed).sum(dtype=np.uint64, keepdims=True).view(np.int64)
         n_languages = len(self.state) - 2
         counts = np.bincount(np.asarray(languages, np.int64).ravel(), minlength=n_languages)
         self.state[2:] += counts * tokens_per_sample

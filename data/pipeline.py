@@ -86,19 +86,18 @@ def documents(cfg: RunConfig, quarantine: Quarantine) -> Iterator[Document]:
 
 def language_table(manifest: Manifest) -> str:
     """Training documents, tokens and bytes per token by language, as text."""
+    facts = manifest.facts()
     lines = [f"{'language':<10}{'documents':>12}{'held out':>10}{'tokens':>18}{'bytes/token':>13}"]
     for lang in manifest.languages(TRAIN):
-        shards, held_out = manifest.shards_of(lang, TRAIN), sum(s.n_docs for s in manifest.shards_of(lang, VALID))
-        n_docs, n_tokens = sum(s.n_docs for s in shards), sum(s.n_tokens for s in shards)
-        bytes_per_token = sum(s.n_bytes for s in shards) / n_tokens
-        lines.append(f"{lang:<10}{n_docs:>12,}{held_out:>10,}{n_tokens:>18,}{bytes_per_token:>13.2f}")
-    n_bad, n_other = (sum(map(sum, _values(c))) for c in (manifest.quarantine, manifest.other_languages))
+        counts, n_held_out = facts["languages"][lang], sum(s.n_docs for s in manifest.shards_of(lang, VALID))
+        columns = f"{counts['documents']:>12,}{n_held_out:>10,}{counts['tokens']:>18,}"
+        lines.append(f"{lang:<10}{columns}{counts['bytes'] / counts['tokens']:>13.2f}")
+    n_bad, n_other = (
+        sum(n for counts in by_source.values() for n in counts.values())
+        for by_source in (manifest.quarantine, manifest.other_languages)
+    )
     lines.append(f"{n_bad:,} records in quarantine, {n_other:,} documents in other languages")
     return "\n".join(lines)
-
-
-def _values(counts: dict[str, dict[str, int]]) -> list[list[int]]:
-    return [list(by_reason.values()) for by_reason in counts.values()]
 
 
 def _in_languages(stream: Iterator[Document], wanted: set[str], quarantine: Quarantine) -> Iterator[Document]:

@@ -75,7 +75,7 @@ class _SharedLM(HFLM):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_seqs: int) -> None:
         # Log-softmax in the dtype of a bf16 model would turn close answers into ties.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_seqs)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_seqs, softmax_dtype="float32")
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no bos token, with which every prompt begins")
 

@@ -105,11 +105,12 @@ def line_chart(
         if _drawable(m) and x.low <= m <= x.high
     )
     ends = _end_labels(lines, down)
+    dots = "".join(_end_dot(line, x, y, height_px) for line in lines if line.css == "main")
     css = "chart with-ends" if ends else "chart"
     return (
         f'<figure class="{css}"><figcaption>{escape(title)}<output></output></figcaption>'
         f'<svg role="img" aria-label="{escape(title)}" width="100%" height="{height_px + 24}"{_hover(hover, x)}>'
-        f"{grid}{along}{dashes}{_curves(lines, x, y, height_px)}{ends}{_cursor(hover, height_px)}</svg></figure>"
+        f"{grid}{along}{dashes}{_curves(lines, x, y, height_px)}{dots}{ends}{_cursor(hover, height_px)}</svg></figure>"
     )
 
 
@@ -120,7 +121,8 @@ def panel(
     return (
         f'<svg class="panel" role="img" aria-label="{escape(line.name)}" width="100%" height="{height_px}"'
         f'{_hover(hover, x)}><line class="grid" x1="0" x2="100%" y1="{height_px}" y2="{height_px}"/>'
-        f"{_curves([behind, line], x, y, height_px)}{_cursor(hover, height_px)}</svg>"
+        f"{_curves([behind, line], x, y, height_px)}{_end_dot(line, x, y, height_px)}"
+        f"{_cursor(hover, height_px)}</svg>"
     )
 
 
@@ -189,6 +191,14 @@ def thinned(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
         if len(finite) < len(stretch):
             kept.append((stretch[-1][0], math.nan))
     return kept
+
+
+def _end_dot(line: Line, x: Axis, y: Axis, height_px: int) -> str:
+    finite = [point for point in line.points if _drawable(point[0]) and _drawable(point[1])]
+    if not finite:
+        return ""
+    at, value = finite[-1]
+    return f'<circle class="dot" cx="{_across(x, at)}" cy="{(1 - y.share(value)) * height_px:.1f}" r="2.5"/>'
 
 
 def _end_labels(lines: Sequence[Line], down: Callable[[float], float]) -> str:

@@ -1,23 +1,55 @@
-"""The later half of the report: evaluations of checkpoints, the checkpoints, the run's history, its software.
+"""The tables of the report: languages seen, evaluations, checkpoints, history, software.
 
 Each function returns the parts of one section, as markup, from the files of a run.
 """
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ledger.record import gap
 from marathon import markup
-from marathon.charts import Interval, axis, dot_plot
+from marathon.charts import Interval, axis, bar, dot_plot
 from marathon.markup import folded, hash_digits, language_name, missing, note, text
-from marathon.numerals import count, fixed, moment, plural, short
+from marathon.numerals import as_number, count, fixed, moment, percent, plural, short
 from marathon.runfiles import Record, RunFiles, mapping, number
 
 _Z = 1.96
 """Standard errors on either side of an accuracy for an interval of 95 %."""
 _OWN_SECTION = ("checkpoint", "evaluation")
 """Events that have a table of their own."""
+
+
+def mixture(run: RunFiles) -> list[str]:
+    """Tokens of each language: seen, planned, and how often all there are."""
+    planned = {row["language"]: row for row in run.mixture}
+    consumed = mapping(run.valid[-1], "consumed") if run.valid else {}
+    if not planned and not consumed:
+        return [missing("neither a planned mixture in the ledger nor consumed tokens in metrics.jsonl")]
+    seen = {code: as_number(value) for code, value in consumed.items()}
+    total = sum(v for v in seen.values() if v is not None and math.isfinite(v))
+    shares = {code: v / total if v is not None and total else None for code, v in seen.items()}
+    plan = {code: number(row, "share") for code, row in planned.items()}
+    largest = max((v for v in [*shares.values(), *plan.values()] if v is not None and math.isfinite(v)), default=0.0)
+    rows = [
+        [
+            text(language_name(code)),
+            bar(shares.get(code), plan.get(code), largest),
+            text(percent(shares.get(code))),
+            text(percent(plan.get(code))),
+            text(count(seen.get(code))),
+            text(_epochs(seen.get(code), number(planned.get(code, {}), "available_tokens"))),
+            text(fixed(number(planned.get(code, {}), "epochs")))
+            + (" (cap)" if planned.get(code, {}).get("capped") else ""),
+            text(count(number(planned.get(code, {}), "available_tokens"))),
+        ]
+        for code in sorted(planned.keys() | seen.keys())
+    ]
+    head = ["Language", "", "Share", "Planned", "Tokens seen", "Epochs", "Planned", "Tokens there are"]
+    key = '<span class="key"></span> seen, <span class="key stroke"></span> planned.'
+    where = f"Counted up to step {count(number(run.valid[-1], 'step'))}." if run.valid else gap("no tokens counted yet")
+    return [f'<p class="note">{key} {text(where)}</p>', markup.table(head, rows, n_words=2)]
 
 
 def evaluations(run: RunFiles) -> list[str]:
@@ -52,7 +84,7 @@ def checkpoints(run: RunFiles) -> list[str]:
             text(count(number(record, "step"))),
             text(count(number(record, "tokens"))),
             hash_digits(record.get("sha256")),
-            hash_digits(record.get("order_hash")),
+            text("no sample yet") if number(record, "tokens") == 0 else hash_digits(record.get("order_hash")),
             text(moment(number(record, "time"))),
         ]
         for record in newest.values()
@@ -86,6 +118,12 @@ def software(run: RunFiles) -> list[str]:
         ("Corpus hash", run.last("corpus").get("corpus_hash")),
     ]
     return [markup.facts(rows)]
+
+
+def _epochs(tokens: float | None, available: float | None) -> str:
+    if tokens is None or not available:
+        return gap("needs tokens seen and tokens there are")
+    return fixed(tokens / available)
 
 
 def _families(run: RunFiles) -> dict[str, list[str]]:
@@ -219,7 +257,7 @@ def _told(record: Record) -> str:
     if event == "stage":
         return f"Stage {record.get('stage')} done"
     if event == "release":
-        return f"Released to {record.get('path')}"
+        return f"Released to {Path(str(record.get('path'))).name}"
     rest = {key: value for key, value in record.items() if key not in ("event", "time")}
     return f"{event}: {', '.join(f'{key} {value}' for key, value in rest.items())}"[:300]
 

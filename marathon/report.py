@@ -15,8 +15,8 @@ from typing import Any
 
 from ledger.record import gap
 from marathon import markup
-from marathon.charts import Axis, Line, Point, axis, bar, line_chart, panel
-from marathon.evidence import checkpoints, evaluations, history, software
+from marathon.charts import Axis, Line, Point, axis, line_chart, panel
+from marathon.evidence import checkpoints, evaluations, history, mixture, software
 from marathon.markup import language_name, missing, note, section, text
 from marathon.numerals import as_number, change, count, fixed, moment, percent, plural, power
 from marathon.runfiles import Record, RunFiles, mapping, number, read_run
@@ -39,7 +39,7 @@ def _body(run: RunFiles) -> str:
     sections = {
         "languages": ("Bits per byte", _languages),
         "loss": ("Loss", _loss),
-        "mixture": ("Languages seen", _mixture),
+        "mixture": ("Languages seen", mixture),
         "throughput": ("Throughput", _throughput),
         "evaluations": ("Evaluations", evaluations),
         "checkpoints": ("Checkpoints", checkpoints),
@@ -75,7 +75,7 @@ def _state(run: RunFiles) -> str:
         return "finished"
     if done is None:
         return gap("no training step recorded yet")
-    return f"at step {count(done)} of {count(planned) if planned else gap(run.config_gap.removeprefix('GAP: '))}"
+    return f"at step {count(done)} of {count(planned)}" if planned else f"at step {count(done)}"
 
 
 def _summary(run: RunFiles) -> str:
@@ -94,12 +94,12 @@ def _summary(run: RunFiles) -> str:
 
 def _tiles(run: RunFiles) -> list[tuple[str, Any, str]]:
     start, end = _at_start(run, "bpb_mean"), _last_number(run.valid, "bpb_mean")
-    changed = change(start, end) if len(run.valid) > 1 else gap("no change")
+    changed = f"{change(start, end)} since step 0" if len(run.valid) > 1 else gap("one validation only")
     world = number(run.last("train_start"), "world_size")
     energy = _ended(run, "energy_kwh")
     hours = _ended(run, "device_hours")
     return [
-        ("Bits per byte, mean", fixed(end), f"{changed} since step 0"),
+        ("Bits per byte, mean", fixed(end), changed),
         ("Training loss", fixed(_last_number(run.train, "loss")), "nats per token, last line"),
         ("Tokens seen", count(_last_number(run.train, "tokens")), plural(_last_number(run.train, "step"), "step")),
         ("Tokens per second", count(_median(run, "tokens_per_s")), f"median, {plural(world, 'device')}"),
@@ -117,7 +117,7 @@ def _settings(run: RunFiles) -> list[tuple[str, Any]]:
         ("World size", count(number(start, "world_size"))),
         ("Documents", count(number(corpus, "documents"))),
         ("Bytes of text", count(number(corpus, "bytes"))),
-        ("Licences of the text", _listed(corpus.get("licences"))),
+        ("Licences of the text", _licences(corpus)),
         ("Corpus hash", _shortened(corpus.get("corpus_hash"))),
         ("Config hash", _shortened(run.fact("config_hash", "frozen", "changed"))),
         ("Commit", _shortened(run.fact("commit", "frozen", "changed", "train_start"))),
@@ -152,7 +152,7 @@ def _languages(run: RunFiles) -> list[str]:
         return [missing("metrics.jsonl holds no validation yet")]
     curves = {code: _curve(run, code) for code in run.languages}
     mean = _points(run.valid, lambda r: number(r, "bpb_mean"))
-    x = axis([at for at, _ in mean], from_zero=True)
+    x = _tokens_axis(run)
     y = axis([v for points in [*curves.values(), mean] for _, v in points], from_zero=True)
     first, last = run.valid[0], run.valid[-1]
     overview = line_chart(
@@ -171,8 +171,9 @@ def _languages(run: RunFiles) -> list[str]:
     panels = "".join(_language_panel(run, code, points, mean, x, y) for code, points in curves.items())
     return [
         note(
-            "How many bits the model needs for one byte of text that it was not trained on: lower is better, and "
-            "unlike loss per token it can be compared between languages and tokenizers."
+            "How many bits the model needs for one byte of text that it was not trained on: lower is better. It can be "
+            "compared between tokenizers and, with care, between languages: Greek and Cyrillic letters take two bytes "
+            "each, so the same text costs fewer bits a byte there."
         ),
         overview,
         note(
@@ -254,36 +255,6 @@ def _loss(run: RunFiles) -> list[str]:
     ]
 
 
-def _mixture(run: RunFiles) -> list[str]:
-    planned = {row["language"]: row for row in run.mixture}
-    consumed = mapping(run.valid[-1], "consumed") if run.valid else {}
-    if not planned and not consumed:
-        return [missing("neither a planned mixture in the ledger nor consumed tokens in metrics.jsonl")]
-    seen = {code: as_number(value) for code, value in consumed.items()}
-    total = sum(v for v in seen.values() if v is not None and math.isfinite(v))
-    shares = {code: v / total if v is not None and total else None for code, v in seen.items()}
-    plan = {code: number(row, "share") for code, row in planned.items()}
-    largest = max((v for v in [*shares.values(), *plan.values()] if v is not None and math.isfinite(v)), default=0.0)
-    rows = [
-        [
-            text(language_name(code)),
-            bar(shares.get(code), plan.get(code), largest),
-            text(percent(shares.get(code))),
-            text(percent(plan.get(code))),
-            text(count(seen.get(code))),
-            text(_epochs(seen.get(code), number(planned.get(code, {}), "available_tokens"))),
-            text(fixed(number(planned.get(code, {}), "epochs")))
-            + (" (cap)" if planned.get(code, {}).get("capped") else ""),
-            text(count(number(planned.get(code, {}), "available_tokens"))),
-        ]
-        for code in sorted(planned.keys() | seen.keys())
-    ]
-    head = ["Language", "", "Share", "Planned", "Tokens seen", "Epochs", "Planned", "Tokens there are"]
-    key = '<span class="key"></span> seen, <span class="key stroke"></span> planned.'
-    where = f"Counted up to step {count(number(run.valid[-1], 'step'))}." if run.valid else gap("no tokens counted yet")
-    return [f'<p class="note">{key} {text(where)}</p>', markup.table(head, rows, n_words=2)]
-
-
 def _throughput(run: RunFiles) -> list[str]:
     per_token = as_number(run.fact("flops_per_token", "train_start"))
     flops = _ended(run, "flops")
@@ -324,7 +295,7 @@ def _chart(
     return line_chart(
         title,
         [Line(key, points)],
-        axis([at for at, _ in points], from_zero=True),
+        _tokens_axis(run),
         axis([v for _, v in points], 5 if height_px > 200 else 3, from_zero, rounded=True),
         hover=_readings(points[:: -(-len(points) // 300)], form),
         marks=_restarts(run),
@@ -340,6 +311,11 @@ def _readings(points: Sequence[Point], form: Callable[[float], str]) -> list[tup
 def _points(records: Sequence[Record], value: Callable[[Record], float | None]) -> list[Point]:
     found = [(number(record, "tokens"), value(record)) for record in records]
     return [(at, v) for at, v in found if at is not None and v is not None and math.isfinite(at)]
+
+
+def _tokens_axis(run: RunFiles) -> Axis:
+    """Across, all charts show the same tokens, so that they can be read one above the other."""
+    return axis([t for r in (*run.train, *run.valid) if (t := number(r, "tokens")) is not None], from_zero=True)
 
 
 def _restarts(run: RunFiles) -> list[float]:
@@ -373,19 +349,20 @@ def _ended(run: RunFiles, key: str) -> Any:
     return gap("recorded when training ends") if value is None else value
 
 
-def _epochs(tokens: float | None, available: float | None) -> str:
-    if tokens is None or not available:
-        return gap("needs tokens seen and tokens there are")
-    return fixed(tokens / available)
-
-
 def _with_unit(value: Any, unit: str, digits: int) -> Any:
     found = as_number(value)
     return value if found is None else f"{fixed(found, digits)} {unit}"
 
 
-def _listed(value: Any) -> Any:
-    return ", ".join(str(v) for v in value) if isinstance(value, list | dict) else value
+def _licences(corpus: Record) -> str:
+    """Of the corpus as a whole, or of its sources one by one."""
+    stated = corpus.get("licences")
+    found = (
+        stated
+        if isinstance(stated, list)
+        else [s.get("licence") for s in mapping(corpus, "sources").values() if isinstance(s, dict)]
+    )
+    return ", ".join(sorted({str(licence) for licence in found if licence}))
 
 
 def _shortened(value: Any) -> Any:

@@ -75,11 +75,12 @@ def read_run(run_dir: Path) -> RunFiles:
     """Reads a run's folder; raises `UserError` where there is no such folder."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is no folder", "a report is made of a run's folder", "give SCRATCH/runs/NAME")
-    config, config_gap = None, ""
-    try:
-        config = load(run_dir / "config.yaml")
-    except UserError as error:
-        config_gap = gap(f"config.yaml: {error.found}")
+    config, config_gap = None, gap("config.yaml is not there")
+    if (run_dir / "config.yaml").is_file():
+        try:
+            config = load(run_dir / "config.yaml")
+        except UserError as error:
+            config_gap = gap(f"config.yaml does not fit this version: {error.found}")
     metrics = _without_given_up(_json_lines(run_dir / "metrics.jsonl"))
     return RunFiles(
         run_dir=run_dir,

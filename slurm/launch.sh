@@ -192,39 +192,44 @@ freeze() {
 # run_stage STAGE one_task|all_ranks
 run_stage() {
     local code=0
-    go_on="$RUN/logs/go-on-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+    outcome="$RUN/logs/outcome-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$RUN/logs"
     say "$1, $(date -Is)"
     "$2" "$1" || code=$?
-    if [ -e "$go_on" ]; then
-        rm -f "$go_on"
-        start_again
+    if [ -s "$outcome" ]; then
+        code=$(<"$outcome")
+        rm "$outcome"
     fi
-    [ "$code" = 0 ] && return
-    say "$1 ended with $code; the first error above is the one to mend, then submit the same line again"
-    exit "$code"
+    case $code in
+    0) ;;
+    75) start_again ;;
+    *)
+        say "$1 ended with $code: mend the first error above, then submit the same line again"
+        exit "$code"
+        ;;
+    esac
 }
 
 one_task() {
     step --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-        bash -c "$as_task" task "$go_on" "${python[@]}" -m marathon.stage "$1" "$RUN"
+        bash -c "$as_task" task "$outcome" "${python[@]}" -m marathon.stage "$1" "$RUN"
 }
 
 all_ranks() {
     if [ "$SLURM_NTASKS_PER_NODE" = 1 ]; then
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$as_task" task "$go_on" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$as_task" task "$outcome" \
             "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" \
             --nproc-per-node="$devices_per_node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
             -m marathon.stage "$1" "$RUN"
     else
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$as_task" task "$go_on" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$as_task" task "$outcome" \
             "${python[@]}" -m marathon.stage "$1" "$RUN"
     fi
 }
 
 # srun does not inherit --cpus-per-task since Slurm 22.05. A rank that fails ends the step at once, not at the
 # timeout of a collective; one that ends while others hang does so after a minute.
-step() { srun --kill-on-bad-exit=1 --wait=60 "$@"; }
+step() { srun --distribution=block --kill-on-bad-exit=1 --wait=60 "$@"; }
 
 # The variables of a rank, inside its task: in the batch script they would be those of the batch script.
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -234,17 +239,18 @@ as_node='export PET_NODE_RANK=$SLURM_NODEID # torchrun reads its --node-rank fro
 '
 # Slurm warns every process of the step with SIGUSR1 ahead of the time limit: those who do not handle it, such as
 # loaders and torchrun, inherit that it is ignored. SIGTERM is waited out, so that the rank can save.
-# A rank that ends with 75 has saved and wants to go on. It ends the task with 0, because srun would kill the
-# others, some on their last line, for any other status, and would report the kill.
+# The status that counts is the first: srun ends the other tasks for it and would report how they died. A rank
+# ends with 75 when the run has saved and wants to go on; for srun that is no failure, or it would kill the rest.
 as_task='trap "" USR1
 trap : TERM
-go_on=$1
+exec 3>&2 2>/dev/null # bash has something to say about each task that is ended
+outcome=$1
 shift
 mkdir -p "$MARATHON_CACHE"
-"$@"
+"$@" 2>&3 3>&-
 code=$?
-[ "$code" = 75 ] || exit "$code"
-[ "$SLURM_PROCID" != 0 ] || : >"$go_on"'
+[ "$code" = 0 ] || (set -o noclobber && echo "$code" >"$outcome")
+[ "$code" = 75 ] || exit "$code"'
 
 # The run has saved and is not at its end: the same job again, or word of how to go on by hand.
 start_again() {

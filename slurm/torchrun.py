@@ -2,6 +2,7 @@
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -10,3 +11,5 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
+    except SignalException as ended:  # Slurm ends this node because another failed: no traceback for that
+        sys.exit(128 + ended.sigval)

@@ -1,8 +1,16 @@
-"""What tests of several rooms share: a tiny model."""
+"""What tests of several rooms share: a tiny model, and examples that are the same in every run."""
 
 import pytest
+import torch
+from hypothesis import settings
 
 from configs.schema import ModelConfig
+
+# Two threads of PyTorch make tiny models several times slower where something else runs beside them.
+torch.set_num_threads(1)
+
+settings.register_profile("marathon", deadline=None, derandomize=True)
+settings.load_profile("marathon")
 
 
 @pytest.fixture

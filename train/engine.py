@@ -8,6 +8,7 @@ partition; ZeRO-1 in fp32, ZeRO-2, and the BF16_Optimizer that stands behind ZeR
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,11 @@ import deepspeed  # looks for the accelerator when it is imported
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On a CPU, every rank would compile a C++ op at its start that only inference uses.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Said once a rank by PyTorch about a call of DeepSpeed's.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FRAGMENT_LINK = "_hp_mapping"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Engine:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
         inner = self.engine.optimizer.optimizer
         for name, parameter in self.decoder.named_parameters():
-            if (link := parameter._hp_mapping) is None:
+            if (link := getattr(parameter, FRAGMENT_LINK)) is None:
                 continue
             flat = inner.param_groups[link.param_group_index]["params"][0]
             where = slice(

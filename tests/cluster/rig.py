@@ -25,7 +25,7 @@ from pathlib import Path
 ACCOUNT = "project_465000001"
 """The one account whose jobs are accepted."""
 MARIADB_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
-CRED_EXPIRE_S = 20
+CRED_EXPIRE_S = 10
 """How long a requeued job waits before it may start again; 120 where a site sets nothing."""
 
 

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def pack(suffix: str, content: bytes) -> bytes:
 def test_lines_come_back_from_any_number_of_frames(tmp_path: Path, suffix: str, frames: int) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     cut = [len(PLAIN) * i // frames for i in range(frames + 1)]
-    path.write_bytes(b"".join(pack(suffix, PLAIN[a:b]) for a, b in zip(cut, cut[1:], strict=False)))
+    path.write_bytes(b"".join(pack(suffix, PLAIN[a:b]) for a, b in itertools.pairwise(cut)))
     assert list(read_lines(path)) == LINES
 
 

@@ -165,12 +165,25 @@ def test_full_run_shows_its_facts(full_run: Path) -> None:
         assert fact in text, fact
 
 
+def test_licences_of_sources(tmp_path: Path) -> None:
+    sources = {"a": {"licence": "CC0-1.0"}, "b": {"licence": "ODC-By-1.0"}, "c": {"licence": "CC0-1.0"}}
+    run = write_run(tmp_path, ledger=[{"event": "corpus", "time": 1.0, "sources": sources}])
+    assert "CC0-1.0, ODC-By-1.0" in read_page(run).text
+
+
+def test_no_path_of_the_machine_is_shown(full_run: Path) -> None:
+    with (full_run / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "release", "time": 9.0, "path": str(full_run / "release")}) + "\n")
+    assert "Released to release" in read_page(full_run).text
+    assert str(full_run) not in write_report(full_run).read_text()
+
+
 def test_state_is_read_from_the_ledger(full_run: Path) -> None:
     assert "a run, finished" in read_page(full_run).text
     lines = (full_run / "ledger.jsonl").read_text().splitlines()
     (full_run / "ledger.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     page = read_page(full_run).text
-    assert "at step 40 of" in page and "GAP: recorded when training ends" in page
+    assert "a run, at step 40" in page and "GAP: recorded when training ends" in page
 
 
 def test_config_gives_name_and_settings(full_run: Path) -> None:
@@ -183,7 +196,7 @@ def test_config_gives_name_and_settings(full_run: Path) -> None:
 
 def test_config_of_another_version_is_a_gap(full_run: Path) -> None:
     (full_run / "config.yaml").write_text("nmae: typo\n")
-    assert "GAP: config.yaml:" in read_page(full_run).text
+    assert "GAP: config.yaml does not fit this version: " in read_page(full_run).text
 
 
 def test_missing_files_are_gaps(tmp_path: Path) -> None:
@@ -232,7 +245,12 @@ def test_what_is_not_finite_is_told(tmp_path: Path) -> None:
 
 def test_one_validation_claims_no_change(tmp_path: Path) -> None:
     text = read_page(write_run(tmp_path, [valid_line(0, {"de": 4.0})])).text
-    assert "4.00 → 4.00" in text and "GAP: one validation only" in text and "0.0 %" not in text
+    assert (
+        "4.00 → 4.00" in text
+        and "GAP: one validation only" in text
+        and "0.0 %" not in text
+        and "since step 0" not in text
+    )
 
 
 def test_a_start_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.schema import HoldoutConfig
+from data.heldout import ValidDocuments, split_of
+from data.manifest import Manifest
+from data.sources import Document
+from data.tokenizer import Encoder
+
+
+def document(doc_id: str, **fields: object) -> Document:
+    return Document(doc_id, "de", "text", "source", "place", dict(fields))
+
+
+def test_a_field_decides_where_one_is_named() -> None:
+    holdout = HoldoutConfig(by_field="article", by_values=[4, 9], share=1.0)
+    splits = [split_of(document("x", **f), holdout) for f in ({"article": 4}, {"article": "9"}, {"article": 5}, {})]
+    assert splits == ["valid", "valid", "train", "train"]
+
+
+@given(st.text(), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_only_adds_documents(doc_id: str, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    if split_of(document(doc_id), HoldoutConfig(share=low)) == "valid":
+        assert split_of(document(doc_id), HoldoutConfig(share=high)) == "valid"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_a_share_is_about_that_share(share: float) -> None:
+    held_out = sum(split_of(document(f"doc/{i}"), HoldoutConfig(share=share)) == "valid" for i in range(10_000))
+    assert abs(held_out - share * 10_000) <= 5 * (10_000 * share * (1 - share)) ** 0.5
+
+
+def test_held_out_documents_come_back_whole(corpus: Path) -> None:
+    valid, encoder = ValidDocuments(corpus), Encoder(corpus / "tokenizer")
+    assert len(valid.languages) == 24
+    documents = valid.read("el")
+    assert sorted(d.id for d in documents) == sorted(f"udhr/el/{article}" for article in (4, 9, 13, 18, 22, 26))
+    for found in documents:
+        ids = found.tokens.tolist()
+        assert (ids[0], ids[-1], found.lang, found.source) == (1, 2, "el", "udhr")
+        assert len(encoder.decode(ids[1:-1]).encode()) == found.n_bytes
+    assert len(valid.read_all()) == 24 * 6
+    assert {d.id for d in valid.read_all() if d.lang == "el"} == {d.id for d in documents}
+
+
+def test_no_more_than_the_config_allows_and_always_the_same(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [d.id for d in ValidDocuments(corpus).read("mt")]
+    limited = ValidDocuments(corpus)
+    object.__setattr__(limited._manifest, "max_valid_docs_per_language", 2)
+    assert [d.id for d in limited.read("mt")] == whole[:2]
+    assert Manifest.load(corpus).max_valid_docs_per_language == 1000

@@ -1,0 +1,142 @@
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.order import CYCLE, Order, OrderHash, Stream, permute
+
+
+def order(seed: int = 1, **changes: object) -> Order:
+    streams = [Stream("de", 1000, 0.7, "hash-de"), Stream("fr", 37, 0.29, "hash-fr"), Stream("mt", 1, 0.01, "hash-mt")]
+    return Order([Stream(**(vars(s) | changes)) for s in streams], seed)  # type: ignore[arg-type]
+
+
+ORDER = order()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_an_epoch_visits_every_sequence_once(n: int, key: int) -> None:
+    index = np.arange(n, dtype=np.uint64)
+    visited = permute(index, np.full(n, n, np.uint64), np.full(n, key, np.uint64))
+    assert sorted(visited.tolist()) == list(range(n))
+
+
+@given(
+    st.integers(2**30, 2**48), st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**30 - 1), min_size=2, unique=True)
+)
+def test_large_epochs_stay_within_bounds_and_collide_nowhere(n: int, key: int, indices: list[int]) -> None:
+    index = np.array(indices, np.uint64)
+    visited = permute(index, np.full(len(index), n, np.uint64), np.full(len(index), key, np.uint64))
+    assert visited.max() < n and len(set(visited.tolist())) == len(indices)
+
+
+def test_the_permutation_looks_like_chance() -> None:
+    n = 10_000
+    index, sizes = np.arange(n, dtype=np.uint64), np.full(n, n, np.uint64)
+    first, second = (permute(index, sizes, np.full(n, key, np.uint64)).astype(float) for key in (1, 2))
+    for a, b in ((index, first), (first, second), (first[:-1], first[1:])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.05  # five standard deviations
+    assert abs(np.mean(first[:100]) - n / 2) < 0.15 * n
+
+
+def test_a_language_keeps_its_share_in_every_stretch() -> None:
+    languages = ORDER.locate(np.arange(CYCLE)).language
+    counts = np.bincount(languages)
+    assert counts.tolist() == [183501, 76022, 2621]  # 2**18 times 0.7, 0.29 and 0.01: 183500.8, 76021.8, 2621.4
+    for size in (100, 1000, 12_345):
+        for start in range(0, CYCLE - size, 30_011):
+            seen = np.bincount(languages[start : start + size], minlength=3)
+            assert np.all(np.abs(seen - size * counts / CYCLE) <= 2), "never off by more than a slot at either end"
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=40))
+def test_every_language_has_slots_and_together_they_fill_the_cycle(shares: list[float]) -> None:
+    built = Order([Stream(f"l{i}", 5, share, "") for i, share in enumerate(shares)], seed=3)
+    counts = np.bincount(built.locate(np.arange(CYCLE)).language, minlength=len(shares))
+    wanted = np.array(shares) / sum(shares) * CYCLE
+    assert counts.sum() == CYCLE and counts.min() >= 1
+    assert np.all(counts <= np.maximum(wanted + 1, 1)) and np.all(
+        counts >= np.minimum(wanted - 1, wanted - len(shares))
+    )
+
+
+def test_each_language_goes_through_its_epochs() -> None:
+    located = ORDER.locate(np.arange(2 * CYCLE))
+    for k, n in enumerate((1000, 37, 1)):
+        mine = located.language == k
+        sequences, epochs = located.sequence[mine], located.epoch[mine]
+        for epoch in range(sequences.size // n):
+            assert sorted(sequences[epoch * n : (epoch + 1) * n]) == list(range(n))
+            assert set(epochs[epoch * n : (epoch + 1) * n]) == {epoch}
+    fr = located.sequence[located.language == 1]
+    assert not np.array_equal(fr[:37], fr[37:74]), "each epoch has its own order"
+
+
+def test_a_position_is_located_alone_as_among_others() -> None:
+    positions = np.array([0, 1, CYCLE - 1, CYCLE, 10**12, 7])
+    together = ORDER.locate(positions)
+    for i, position in enumerate(positions):
+        assert [field[i] for field in together] == [field[0] for field in ORDER.locate([position])]
+
+
+def test_the_order_is_fixed() -> None:
+    """A change here breaks the resumption of every run that has begun."""
+    located = ORDER.locate([0, 1, 2, 3, 262144, 10**9])
+    assert located.language.tolist() == [0, 1, 0, 0, 0, 0]
+    assert located.sequence.tolist() == [756, 4, 728, 997, 175, 392]
+    assert located.epoch.tolist() == [0, 0, 0, 0, 183, 700_000]
+    assert located.sample_id[[0, -1]].tolist() == [7590576337871225762, 183307202098132149]
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"content_hash": "other"}])
+def test_seed_and_content_are_part_of_it(change: dict[str, object]) -> None:
+    here, there = ORDER.locate(np.arange(2000)), order(**change).locate(np.arange(2000))  # type: ignore[arg-type]
+    assert not set(here.sample_id) & set(there.sample_id) or "seed" in change
+    assert np.array_equal(here.sequence, there.sequence) == ("seed" not in change)
+
+
+def test_sample_ids_are_unique() -> None:
+    located = ORDER.locate(np.arange(2 * CYCLE))
+    assert len(set(located.sample_id.tolist())) == 2 * CYCLE
+
+
+def hash_of(positions: list[int], ids: list[int]) -> OrderHash:
+    total = OrderHash(3)
+    total.add(positions, ids, [0] * len(ids), 10)
+    return total
+
+
+def test_the_hash_tells_swaps_skips_and_repeats() -> None:
+    ids = ORDER.locate(np.arange(64)).sample_id.tolist()
+    whole = hash_of(list(range(64)), ids).hex
+    rng = random.Random(0)
+    seen = {whole}
+    for _ in range(200):
+        a, b = rng.sample(range(64), 2)
+        swapped = list(ids)
+        swapped[a], swapped[b] = ids[b], ids[a]
+        skipped = [i for i in range(64) if i != a]
+        repeated = [ids[a] if i == b else ids[i] for i in range(64)]
+        assert hash_of(list(range(64)), swapped).hex not in seen
+        assert hash_of(skipped, [ids[i] for i in skipped]).hex not in seen
+        assert hash_of(list(range(64)), repeated).hex not in seen
+        assert hash_of([*range(64), a], [*ids, ids[a]]).hex not in seen
+
+
+@given(st.permutations(range(40)), st.integers(1, 7))
+def test_parts_of_the_hash_add_up_in_any_order(positions: list[int], n_ranks: int) -> None:
+    located = ORDER.locate(positions)
+    whole, total = OrderHash(3), OrderHash(3)
+    all_at_once = ORDER.locate(np.arange(40))
+    whole.add(np.arange(40), all_at_once.sample_id, all_at_once.language, 16)
+    for rank in range(n_ranks):
+        part, mine = OrderHash(3), slice(rank, None, n_ranks)
+        part.add(np.array(positions)[mine], located.sample_id[mine], located.language[mine], 16)
+        total.state += part.state
+    assert total.hex == whole.hex and len(total.hex) == 32
+    assert total.state.tolist() == whole.state.tolist()
+    assert total.state[2:].tolist() == (np.bincount(located.language, minlength=3) * 16).tolist()

@@ -1,0 +1,232 @@
+import hashlib
+import io
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import UserError
+from configs.schema import TokenizerConfig
+from data.files import find_files, read_lines
+from data.tokenizer import Encoder, count_words, export, train
+
+UDHR = [
+    json.loads(line)
+    for file in find_files("package:data/samples/udhr-europe.jsonl.zst", ())
+    for line in read_lines(file.path)
+]
+ADVERSARIAL = [
+    "".join(map(chr, range(32))),
+    "a\0b\0\0",
+    "\x7f\x80\x85\u2028\u2029\ufeff\ufffd\uffff",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1ea\U0001f1fa 👍🏽",
+    "e\u0301\u0327 é ﬁ x² ½ №5 ™ Ⅷ ŀl Å Å ß ẞ İ ı",
+    "שלום עולם \u202babc\u202c مرحبا",
+    "def f(x):\n\tif x:\n\t\treturn  x   # \n\n\n    pass\r\n",
+    " ",
+    "          ",
+    " leading and trailing ",
+    "0123456789" * 30,
+    "٣٤٥ १२३ ⅔",
+    "<s> fake </s><s></s><pad><unk>",
+    "<0x41><0x0A> <0xFF>",
+    "Straßeулицаδρόμος街道거리",
+    "▅▂▁"[:2],
+    "-" * 1000 + "=" * 77 + "." * 301,
+    "abab" * 50 + "aba",
+    "\U00010348\U000e0041\U0010ffff",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(corpus: Path) -> Encoder:
+    return Encoder(corpus / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def pieces(corpus: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tokenizer" / "tokenizer.model"))
+
+
+def test_ids_are_those_of_sentencepiece_in_46_languages(
+    encoder: Encoder, pieces: sentencepiece.SentencePieceProcessor
+) -> None:
+    texts = [line for record in UDHR for line in [record["text"], *record["text"].split("\n")]]
+    assert len({record["lang"] for record in UDHR}) == 46 and len(texts) > 4000
+    ids = encoder.encode_batch(texts)
+    assert ids == pieces.encode(texts)
+    assert [encoder.decode(i) for i in ids] == texts
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL, ids=ascii)
+def test_ids_are_those_of_sentencepiece_on_adversarial_text(
+    encoder: Encoder, pieces: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    (ids,) = encoder.encode_batch([text])
+    assert ids == pieces.encode(text)
+    assert encoder.decode(ids) == text == pieces.decode(ids)
+    assert not {0, 1, 2, 3} & set(ids)
+
+
+SNIPPETS = st.sampled_from(
+    ["<s>", "</s>", "<0x41>", "  ", "\n\t", "1234", "\u0301", "\u200d", "👍🏽", "ż", " de", "\0"]
+)
+TEXT = st.lists(st.text(st.characters(exclude_characters="\u2581", codec="utf-8")) | SNIPPETS).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_ids_are_those_of_sentencepiece_on_any_text(
+    encoder: Encoder, pieces: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    (ids,) = encoder.encode_batch([text])
+    assert ids == pieces.encode(text)
+    assert encoder.decode(ids) == text
+    assert not {0, 1, 2, 3} & set(ids)
+
+
+def test_repetitions_are_merged_from_the_left_as_in_sentencepiece(tmp_path: Path) -> None:
+    """A piece may be put together in several ways; on periodic text the order of merges then matters."""
+    counts: Counter[str] = Counter()
+    letters = random.Random(7)
+    count_words("".join(letters.choice("aab b-") for _ in range(20_000)), counts)
+    export(train({"xx": counts}, TokenizerConfig(vocab_size=330)), tmp_path)
+    texts = [
+        (a * n + b) * m for a in ("a", "b", "ab", "-", " ") for b in ("", "a", " b") for n in range(9) for m in (1, 3)
+    ]
+    encoder = Encoder(tmp_path)
+    encoder.verify(texts, encoder.encode_batch(texts))
+
+
+def test_verification_fails_on_a_difference(encoder: Encoder) -> None:
+    (ids,) = encoder.encode_batch(["Alle Menschen"])
+    encoder.verify(["Alle Menschen"], [ids])
+    with pytest.raises(ValueError, match="differ from token 1"):
+        encoder.verify(["Alle Menschen"], [[ids[0], ids[1] + 1, *ids[2:]]])
+    literal = encoder.encode_batch(["a\u2581b"])
+    with pytest.raises(ValueError, match="does not come back"):
+        encoder.verify(["a\u2581b"], literal)
+
+
+def test_transformers_gives_the_same_ids_and_no_control_token_from_text(corpus: Path, encoder: Encoder) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (1, 2, 0, 3)
+    texts = [*ADVERSARIAL, *(record["text"] for record in UDHR[::31])]
+    ids = encoder.encode_batch(texts)
+    assert theirs(texts, add_special_tokens=False).input_ids == ids
+    assert theirs(texts).input_ids == [[1, *i] for i in ids]
+    assert theirs.batch_decode(ids) == texts
+
+
+def count(texts: list[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        count_words(text, counts)
+    return counts
+
+
+def pieces_of(model: bytes) -> list[str]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(i) for i in range(len(processor))]
+
+
+def train_plainly(vocab_size: int, lines: list[str], threads: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        character_coverage=0.9999, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, byte_fallback=True, split_digits=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2, num_threads=threads,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_counts_give_the_vocabulary_of_the_text_on_any_number_of_threads(threads: int) -> None:
+    texts = [record["text"] for record in UDHR if record["lang"] in ("de", "el", "mt")]
+    texts.append("def f(x):\n\treturn  {\n        'a': 12,   \n    }  \n</s> <s>\n")
+    lines = [line for text in texts for line in re.split("[\n\t]", text) if line]
+    ours = train({"xx": count(texts)}, TokenizerConfig(vocab_size=2000))
+    assert pieces_of(ours) == pieces_of(train_plainly(2000, lines, threads))
+
+
+def test_training_twice_gives_the_same_bytes_in_any_order() -> None:
+    texts = [record["text"] for record in UDHR[:31]]
+    cfg = TokenizerConfig(vocab_size=800)
+    first, second = (train({"bg": count(t)}, cfg) for t in (texts, texts[::-1]))
+    assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest()
+
+
+def test_language_alpha_moves_the_balance() -> None:
+    many = count([record["text"] for record in UDHR if record["lang"] == "de"] * 50)
+    few = count([record["text"] for record in UDHR if record["lang"] == "el"])
+
+    def greek_pieces(alpha: float) -> int:
+        model = train({"de": many, "el": few}, TokenizerConfig(vocab_size=1200, language_alpha=alpha))
+        return sum(bool(re.search("[α-ω]{2}", piece)) for piece in pieces_of(model))
+
+    assert greek_pieces(1.0) < greek_pieces(0.5) < greek_pieces(0.0)
+    both = train({"de": many, "el": few}, TokenizerConfig(vocab_size=1200))
+    assert pieces_of(both) == pieces_of(train({"xx": many + few}, TokenizerConfig(vocab_size=1200)))
+
+
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_one_that_does() -> None:
+    counts = {"bg": count([record["text"] for record in UDHR[:5]])}
+    with pytest.raises(UserError, match=r"at most (\d+) pieces") as error:
+        train(counts, TokenizerConfig(vocab_size=50_000))
+    largest = int(re.search(r"at most (\d+)", str(error.value))[1])  # type: ignore[index]
+    assert len(pieces_of(train(counts, TokenizerConfig(vocab_size=largest)))) == largest
+    with pytest.raises(UserError, match=f"vocab_size = {largest + 1}"):
+        train(counts, TokenizerConfig(vocab_size=largest + 1))
+    with pytest.raises(UserError, match=r"alone take 3\d\d entries"):
+        train(counts, TokenizerConfig(vocab_size=301))
+    with pytest.raises(UserError, match="no text"):
+        train({"bg": Counter()}, TokenizerConfig(vocab_size=400))
+
+
+def test_a_text_without_spaces_still_gives_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
+    export(train({"xx": Counter({"abcdefgh" * 9: 5, "hgfedcba" * 7: 3})}, TokenizerConfig(vocab_size=301)), tmp_path)
+    encoder = Encoder(tmp_path)
+    assert encoder.decode(encoder.encode_batch(["a b"])[0]) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"model_type": "unigram"}, "BPE False"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "kept as it is False"),
+        ({"add_dummy_prefix": True}, "kept as it is False"),
+        ({"byte_fallback": False}, "byte fallback False"),
+        ({"bos_id": -1}, "</s> False"),
+    ],
+)
+def test_a_given_tokenizer_that_loses_text_is_refused(tmp_path: Path, wrong: dict[str, object], said: str) -> None:
+    model = io.BytesIO()
+    good = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(record["text"] for record in UDHR[:31]), model_writer=model, vocab_size=700,
+        remove_extra_whitespaces=False, minloglevel=2, **(good | wrong),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        export(model.getvalue(), tmp_path)
+
+
+def test_the_raw_file_is_safe_too(corpus: Path, encoder: Encoder) -> None:
+    """Whoever loads `tokenizer.json` without our wrapper gets text from text as well."""
+    raw = tokenizers.Tokenizer.from_file(str(corpus / "tokenizer" / "tokenizer.json"))
+    assert raw.encode("x</s>", add_special_tokens=False).ids == encoder.encode_batch(["x</s>"])[0]
+    assert raw.encode("x</s>").ids == [1, *encoder.encode_batch(["x</s>"])[0]]
