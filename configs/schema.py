@@ -96,12 +96,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
-        require(
-            self.vocab_size > 300,
-            f"tokenizer.vocab_size = {self.vocab_size}",
-            "256 byte entries and the specials come first, so it must be above 300",
-            "4096 for a smoke run, 131072 for 24 languages",
-        )
+        found, rule = f"tokenizer.vocab_size = {self.vocab_size}", "bytes and specials take 260, it must be above 300"
+        require(self.vocab_size > 300, found, rule, "4096 for a smoke run, 131072 for 24 languages")
 
 
 @dataclass
@@ -166,12 +162,8 @@ class ModelConfig:
             "each key/value head serves the same number of query heads, so n_kv_head must divide n_head",
             f"model.n_kv_head one of {divisors}, or model.n_head a multiple of {self.n_kv_head}",
         )
-        require(
-            self.head_dim % 2 == 0,
-            f"model.head_dim = {self.head_dim}",
-            "RoPE turns pairs of dimensions, so head_dim must be even",
-            f"model.head_dim={self.head_dim + 1}",
-        )
+        found, rule = f"model.head_dim = {self.head_dim}", "RoPE turns pairs of dimensions, so it must be even"
+        require(self.head_dim % 2 == 0, found, rule, f"model.head_dim={self.head_dim + 1}")
 
 
 @dataclass

@@ -58,6 +58,12 @@ class Order:
         self._identities = np.array([_hash64(f"sample/{s.language}/{s.content_hash}") for s in streams], np.uint64)
         self._pattern, self._rank = _interleave(self._slots, self._keys)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that the order is made of: two orders alike in it are alike at every position."""
+        parts = [",".join(self.languages).encode(), *(a.tobytes() for a in (self._slots, self._n, self._keys))]
+        return hashlib.sha256(b"/".join([*parts, self._identities.tobytes()])).hexdigest()
+
     def locate(self, positions: ArrayLike) -> Located:
         """The samples at `positions`, an array of whole numbers from 0."""
         i = np.asarray(positions, np.uint64)

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import secrets
 import shutil
@@ -126,6 +127,7 @@ def _build_beside(cfg: RunConfig, inputs: dict[str, dict[str, str]], folder: Pat
     hidden.mkdir()
     try:
         _build(cfg, inputs, hidden)
+        _flush(hidden)
         hidden.rename(folder)
     except OSError:
         if not (folder / MANIFEST).exists():  # where it exists, another node was faster
@@ -291,6 +293,14 @@ def _enum_name(value: Any) -> str:
 
 def _corpora(cfg: RunConfig) -> Path:
     return Path(cfg.cluster.scratch) / "corpora"
+
+
+def _flush(folder: Path) -> None:
+    """Forces all files to disk: the name must not survive a power cut that the content does not."""
+    for path in folder.rglob("*"):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 @contextmanager

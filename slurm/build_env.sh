@@ -17,17 +17,17 @@ stop() {
 
 # A squashfs is one file to Lustre, however many thousand it holds.
 build_in_image() {
-    local image=$1 out=$2 folder
+    local image=$1 out=$2
     [ -e "$image" ] || stop "$image is not there" "the environment is built inside the image it is for" \
         "give the path of a .sif, or none"
     command -v mksquashfs >/dev/null || stop "no mksquashfs here" "it packs the environment into one file" \
         "build on a login node that has it, or in a job"
     folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
     # Built where jobs will see it, because a virtual environment remembers its own path.
     singularity exec -B "$MARATHON_HOME" -B "$folder:/user-software" "$image" \
         bash "$MARATHON_HOME/slurm/build_env.sh" none /user-software
     mksquashfs "$folder" "$out" -processors 1 -no-xattrs -noappend -quiet
-    rm -rf "$folder"
 }
 
 build_here() {
@@ -36,12 +36,11 @@ build_here() {
     before=$(where_is_torch "$python")
     [ -n "$before" ] || stop "$python has no torch" "the environment lies over a Python that brings its own torch" \
         "an image with PyTorch inside, or MARATHON_PYTHON=<a Python with torch>"
-    "$python" -c "$read_needs" "$MARATHON_HOME/pyproject.toml" "$needs" "$constraints"
     "$python" -m venv --system-site-packages "$folder"
-    # The venv of a venv sees the packages of neither: NeMo images keep torch in one.
-    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-        >"$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
-    "$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -r "$needs" -c "$constraints" ||
+    # The venv of a venv does not see the packages of the first: NeMo images keep torch in one.
+    "$python" -c "$print_packages" >"$("$folder/bin/python" -c "$print_packages")/beneath.pth"
+    "$folder/bin/python" -c "$read_needs" "$MARATHON_HOME/pyproject.toml" "$needs" "$constraints"
+    "$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -r "$needs" -c "$constraints" >&2 ||
         stop "pip could not install what pyproject.toml names beside torch $before" \
             "the torch of the container stays as it is: $(paste -sd ' ' "$constraints")" \
             "read pip's message above: another image, or a version of the package in conflict that accepts this torch"
@@ -57,16 +56,15 @@ where_is_torch() {
         2>/dev/null || true
 }
 
+print_packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+
 # Writes what pyproject.toml needs, and as constraints all that was built for this machine: the torch family by name,
 # and whatever has a local version such as +rocm7.0 or +nv25.10, which no index carries.
 read_needs='
 import re, sys, tomllib
 from importlib.metadata import distributions
 from pathlib import Path
-try:
-    from packaging.requirements import Requirement
-except ImportError:
-    from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.requirements import Requirement
 
 pyproject, needs, constraints = map(Path, sys.argv[1:])
 lines = tomllib.loads(pyproject.read_text())["project"]["dependencies"]

@@ -164,6 +164,7 @@ run_stages() {
     freeze "$@"
     run_stage data one_task
     run_stage train all_ranks
+    tell_network
     run_stage eval all_ranks
     run_stage release one_task
     say "complete: $RUN"
@@ -184,7 +185,7 @@ freeze() {
     local answer
     answer=$("${python[@]}" -m marathon.cli freeze "${overrides[@]}" "$@")
     echo "$answer"
-    RUN=${answer##*$'\n'}
+    export RUN=${answer##*$'\n'}
     [ -d "$RUN" ] || stop "marathon freeze named no folder but: $RUN" "its last line is the run's folder" \
         "run it by hand: marathon freeze ${overrides[*]} $*"
 }
@@ -217,12 +218,12 @@ one_task() {
 
 all_ranks() {
     if [ "$SLURM_NTASKS_PER_NODE" = 1 ]; then
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$as_task" task "$outcome" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$as_ranks$as_task" task "$outcome" \
             "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" \
             --nproc-per-node="$devices_per_node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
             -m marathon.stage "$1" "$RUN"
     else
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$as_task" task "$outcome" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$as_ranks$as_task" task "$outcome" \
             "${python[@]}" -m marathon.stage "$1" "$RUN"
     fi
 }
@@ -236,6 +237,12 @@ as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_N
 export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 '
 as_node='export PET_NODE_RANK=$SLURM_NODEID # torchrun reads its --node-rank from here
+'
+# The first node notes which network the collectives found: TCP instead of the fabric halves the speed, silently.
+as_ranks='if [ "$SLURM_NODEID" = 0 ]; then
+    export NCCL_DEBUG=${NCCL_DEBUG-INFO} NCCL_DEBUG_SUBSYS=${NCCL_DEBUG_SUBSYS-INIT,NET}
+    export NCCL_DEBUG_FILE=${NCCL_DEBUG_FILE-$RUN/logs/nccl-$SLURM_JOB_ID-%h-%p.log}
+fi
 '
 # Slurm warns every process of the step with SIGUSR1 ahead of the time limit: those who do not handle it, such as
 # loaders and torchrun, inherit that it is ignored. SIGTERM is waited out, so that the rank can save.
@@ -261,6 +268,12 @@ start_again() {
     fi
     say "this site does not requeue: submit the same line again, or ahead of time with --dependency=singleton"
     exit 75
+}
+
+tell_network() {
+    local used
+    used=$(grep -hoE 'Using network .*|Selected provider is .*' "$RUN/logs/nccl-$SLURM_JOB_ID"-* 2>/dev/null | sort -u)
+    [ -z "$used" ] || say "collectives: ${used//$'\n'/; }"
 }
 
 clear_caches() {

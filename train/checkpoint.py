@@ -83,12 +83,8 @@ def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def restore(checkpoint: Path, engine: Engine, identity: dict[str, Any]) -> Progress:
-    """Fills weights and moments and returns the progress; each rank reads what it holds.
-
-    Raises:
-        UserError: the checkpoint was trained on another corpus, tokenizer, sequence length, or seed.
-    """
+def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length, seed or vocabulary."""
     manifest = read_manifest(checkpoint)
     for key, now in identity.items():
         if (then := manifest[key]) != now:
@@ -97,7 +93,11 @@ def restore(checkpoint: Path, engine: Engine, identity: dict[str, Any]) -> Progr
                 "a run keeps its corpus, tokenizer, sequence length and seed, or its order of samples means nothing",
                 "name=… begins a new run",
             )
-    progress = Progress(**manifest["progress"])
+
+
+def restore(checkpoint: Path, engine: Engine) -> Progress:
+    """Fills weights and moments and returns the progress; each rank reads what it holds."""
+    progress = Progress(**read_manifest(checkpoint)["progress"])
     engine.restore(FragmentReader(checkpoint), progress.step)
     return progress
 

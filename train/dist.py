@@ -42,6 +42,12 @@ class Rank:
         """Sums each value over all ranks, modulo 2**64, in int64."""
         return self._sum(torch.tensor(values, dtype=torch.int64)).tolist()
 
+    def tell(self, text: str) -> str:
+        """The first rank's text, on every rank."""
+        told = [text]
+        torch_dist.broadcast_object_list(told)
+        return told[0]
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return self.sum_integers([int(flag)])[0] > 0

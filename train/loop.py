@@ -71,6 +71,7 @@ def train(job: Job) -> bool:
         grad_norm = job.engine.step(lr)
         progress.step += 1
         progress.tokens += cfg.tokens_per_step
+        job.metrics.terminal.advance()
         check_finite(progress.step, grad_norm)
 
         last = progress.step == cfg.steps
@@ -190,4 +191,4 @@ def _save(job: Job) -> None:
             consumed=job.progress.consumed,
         )
         checkpoint.remove_old(job.run_dir, job.cfg.train.keep_checkpoints)
-        print(f"saved {path.name}", flush=True)
+        job.metrics.terminal.say(f"saved {path.name}")

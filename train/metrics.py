@@ -17,6 +17,7 @@ import torch
 from configs.compose import to_yaml
 from configs.enums import Device, WandbMode
 from configs.schema import RunConfig
+from ledger.progress import Progress
 from train.dist import Rank
 
 MFU_FORMULA = "MFU = model FLOPs per token x tokens/s / (devices x peak)"
@@ -25,9 +26,10 @@ MFU_FORMULA = "MFU = model FLOPs per token x tokens/s / (devices x peak)"
 class Metrics:
     """Writes metric records; on ranks other than the first it does nothing."""
 
-    def __init__(self, run_dir: Path, cfg: RunConfig, rank: Rank) -> None:
+    def __init__(self, run_dir: Path, cfg: RunConfig, rank: Rank, step: int) -> None:
         self.path = run_dir / "metrics.jsonl" if rank.is_first else None
         self.steps = cfg.train.steps
+        self.terminal = Progress("training", "steps", self.steps, done=step, shown=rank.is_first)
         self._wandb = _start_wandb(run_dir, cfg) if rank.is_first and cfg.log.wandb is not WandbMode.off else None
 
     def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
@@ -39,12 +41,13 @@ class Metrics:
         record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print(_line(record, self.steps), flush=True)
+        self.terminal.say(_line(record, self.steps))
         if self._wandb is not None:
             self._wandb.log(_flat(kind, values), step=step)
 
     def close(self) -> None:
-        """Ends the wandb run, if there is one."""
+        """Ends the bar, and the wandb run if there is one."""
+        self.terminal.stop()
         if self._wandb is not None:
             self._wandb.finish()
 

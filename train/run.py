@@ -34,10 +34,12 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     rank = join(cfg)
     try:
         job = _prepare(cfg, run_dir, corpus_dir, rank, signals)
-        finished = train(job)
+        try:
+            finished = train(job)
+        finally:
+            job.metrics.close()
         if rank.is_first:
             _record_end(job, finished)
-        job.metrics.close()
         rank.barrier()
     finally:
         leave()
@@ -55,8 +57,7 @@ def _prepare(cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signal
         "seed": cfg.seed,
         "vocab_rows": vocab_rows,
     }
-    resume_from, complaints = checkpoint.newest_usable(run_dir)
-    progress = Progress()
+    resume_from, progress = _choose_checkpoint(rank, run_dir, identity), Progress()
 
     torch.manual_seed(cfg.seed)
     decoder = Decoder(cfg.model, vocab_rows)
@@ -68,7 +69,8 @@ def _prepare(cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signal
     shape = step_shape(cfg)
     engine = Engine(decoder, cfg.engine, cfg.optim, shape, rank)
     if resume_from is not None:
-        progress = checkpoint.restore(resume_from, engine, identity)
+        progress = checkpoint.restore(resume_from, engine)
+    _refuse_together(rank, run_dir, progress.step)
     job = Job(
         cfg=cfg,
         run_dir=run_dir,
@@ -81,15 +83,28 @@ def _prepare(cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signal
         identity=identity,
         flops_per_token=flops_per_token(cfg.model, vocab_rows, cfg.train.seq_len),
         peak_flops=peak_flops(cfg, rank),
-        metrics=Metrics(run_dir, cfg, rank),
+        metrics=Metrics(run_dir, cfg, rank, progress.step),
         signals=signals,
     )
-    _refuse_together(rank, run_dir, progress.step)
     if rank.is_first:
-        for complaint in complaints:
-            print(f"not used: {complaint}", flush=True)
         _announce(job, mixture)
     return job
+
+
+def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; the first rank verifies its hashes and tells the others."""
+    name = ""
+    if rank.is_first:
+        found, complaints = checkpoint.newest_usable(run_dir)
+        for complaint in complaints:
+            print(f"not used: {complaint}", flush=True)
+        name = found.name if found else ""
+    name = rank.tell(name)
+    if not name:
+        return None
+    chosen = run_dir / "checkpoints" / name
+    checkpoint.require_identity(chosen, identity)
+    return chosen
 
 
 def _refuse_together(rank: Rank, run_dir: Path, step: int) -> None:
@@ -107,15 +122,14 @@ def _refuse_together(rank: Rank, run_dir: Path, step: int) -> None:
 def _announce(job: Job, mixture: Mixture) -> None:
     cfg, progress = job.cfg, job.progress
     parameters = count_parameters(cfg.model, job.identity["vocab_rows"])
-    print(table(mixture), flush=True)
-    print(
+    job.metrics.terminal.say(table(mixture))
+    job.metrics.terminal.say(
         f"{parameters:,} parameters, {cfg.train.steps} steps of {cfg.train.tokens_per_step:,} tokens: {job.shape}\n"
         f"{MFU_FORMULA}; {job.flops_per_token:,.0f} FLOPs per token; peak {job.peak_flops / 1e12:.3g} TFLOP/s a device "
-        f"({cfg.cluster.peak_source})",
-        flush=True,
+        f"({cfg.cluster.peak_source})"
     )
     if progress.step:
-        print(f"resuming at step {progress.step}, {progress.tokens:,} tokens", flush=True)
+        job.metrics.terminal.say(f"resuming at step {progress.step}, {progress.tokens:,} tokens")
     ledger = Ledger(job.run_dir)
     ledger.append("mixture", rule=cfg.mixture.rule.value, rows=[asdict(row) for row in mixture.rows])
     ledger.append(

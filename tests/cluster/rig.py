@@ -77,14 +77,19 @@ LEONARDO = Shape(
     partitions=(
         "PartitionName=boost_usr_prod Nodes=ALL MaxTime=1-00:00:00 QOS=boost_usr_prod"
         " AllowQos=normal,boost_qos_dbg,boost_qos_bprod",
+        "PartitionName=lrd_all_serial Nodes=lrdn0001 MaxTime=04:00:00",
     ),
     accounting=(
         "add qos boost_usr_prod",
         "modify qos normal set maxtresperjob=node=64 flags=denyonlimit",
         "add qos boost_qos_dbg maxtresperjob=node=2 maxwall=00:30:00 priority=80 flags=denyonlimit",
         "add qos boost_qos_bprod mintresperjob=node=65 maxtresperjob=node=256 priority=60 flags=denyonlimit",
+        # A user's default account is for another partition, so that a job without --account fits none.
+        "add account none",
         f"add account {ACCOUNT}",
+        "add user root account=none partition=lrd_all_serial",
         f"add user root account={ACCOUNT} qos=normal,boost_qos_dbg,boost_qos_bprod defaultqos=normal",
+        "modify user root set defaultaccount=none",
     ),
 )
 SHAPES = {shape.name: shape for shape in (LUMI, LEONARDO)}
@@ -119,6 +124,28 @@ class Rig:
         fields = self.run("scontrol", "show", "job", "--oneliner", job).stdout.split()
         return next(f.removeprefix("JobState=") for f in fields if f.startswith("JobState="))
 
+    def submit(self, *arguments: str, **env: str) -> str:
+        """Submits with sbatch from the folder ROOT/submit; returns the job's number."""
+        return self.run("sbatch", "--parsable", *arguments, **env).stdout.strip()
+
+    def newest_job(self) -> str:
+        """The number of the job submitted last."""
+        return max(self.run("squeue", "-h", "-t", "all", "-o", "%A").stdout.split(), key=int)
+
+    def wait_until_ended(self, job: str, timeout_s: float) -> None:
+        """Returns when a job is neither waiting nor running."""
+        going_on = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
+        self.wait_for(f"the end of job {job}", lambda: self.state(job) not in going_on, timeout_s)
+
+    def log_of_failed_job(self, script: str, *options: str, arguments: tuple[str, ...], **env: str) -> str:
+        """Submits a job that ought to fail at once; returns what it wrote."""
+        job = self.submit("--output=%j.log", *options, script, *arguments, **env)
+        self.wait_until_ended(job, timeout_s=60)
+        log = (self.root / "submit" / f"{job}.log").read_text()
+        if self.state(job) != "FAILED":
+            raise AssertionError(f"job {job} is {self.state(job)}\n{log}")
+        return log
+
     def wait_for(self, what: str, holds: Callable[[], bool], timeout_s: float = 30) -> None:
         """Returns when `holds` does; raises with the daemons' last words where it never does."""
         end = time.monotonic() + timeout_s
@@ -126,7 +153,7 @@ class Rig:
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > end:
                 raise RuntimeError(f"{what}: not after {timeout_s} s; ended: {dead}\n{self.last_words()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def last_words(self, lines: int = 8) -> str:
         """The end of each daemon's log."""

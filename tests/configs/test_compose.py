@@ -90,11 +90,15 @@ def test_broken_rules_are_told_together():
 
 
 def test_a_hub_dataset_needs_its_commit():
-    source = "+corpus.sources.x={format: hub, path: org/set, licence: MIT, origin: y}"
+    hub = ["corpus.sources.udhr.format=hub", "corpus.sources.udhr.path=org/set"]
     with pytest.raises(UserError, match="hub_revision"):
-        compose(["experiment=smoke", source])
-    with pytest.raises(UserError, match=r"corpus.sources.x.licence"):
-        compose(["experiment=smoke", "+corpus.sources.x={format: hub, path: org/set, origin: y}"])
+        compose(["experiment=smoke", *hub])
+    compose(["experiment=smoke", *hub, "corpus.sources.udhr.hub_revision=abc"])
+
+
+def test_a_setting_without_a_value_is_named():
+    with pytest.raises(UserError, match=r"no value for corpus.sources.udhr.licence"):
+        compose(["experiment=smoke", "corpus.sources.udhr.licence=???"])
 
 
 def test_an_experiment_wins_over_the_root_and_the_command_line_over_both():
@@ -106,9 +110,8 @@ def test_an_experiment_wins_over_the_root_and_the_command_line_over_both():
 def test_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()
-    source = "+corpus.sources.x={format: jsonl, path: mine.jsonl, licence: MIT, origin: y}"
-    cfg = compose(["experiment=smoke", source, "cluster.scratch=here"])
-    assert cfg.corpus.sources["x"].path == str(tmp_path / "mine.jsonl")
+    cfg = compose(["experiment=smoke", "corpus.sources.udhr.path=mine.jsonl", "cluster.scratch=here"])
+    assert cfg.corpus.sources["udhr"].path == str(tmp_path / "mine.jsonl")
     assert cfg.cluster.scratch == str(tmp_path / "here")
     assert compose(["experiment=smoke"]).corpus.sources["udhr"].path.startswith("package:")
 

@@ -59,6 +59,17 @@ def test_a_flipped_bit_is_found(tmp_path: Path, suffix: str) -> None:
         list(read_lines(path))
 
 
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_one_endless_line_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("data.files.MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / f"array.jsonl{suffix}"
+    path.write_bytes(pack(suffix, b"{}\n[" + b"1," * (3 << 20)))
+    with pytest.raises(UserError, match=r"line 2 is longer than 1 MiB(.|\n)*jq -c"):
+        list(read_lines(path))
+
+
 def test_files_are_found_sorted_and_named_within_their_source(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "b/1.jsonl.gz", "a.jsonl.zst", "c.txt", ".hidden/3.jsonl", "b/.4.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

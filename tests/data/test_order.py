@@ -99,6 +99,11 @@ def test_seed_and_content_are_part_of_it(change: dict[str, object]) -> None:
     assert np.array_equal(here.sequence, there.sequence) == ("seed" not in change)
 
 
+@pytest.mark.parametrize("change", [{"seed": 2}, {"content_hash": "other"}, {"share": 0.5}, {"n_sequences": 99}])
+def test_the_fingerprint_tells_one_order_from_another(change: dict[str, object]) -> None:
+    assert ORDER.fingerprint == order().fingerprint != order(**change).fingerprint  # type: ignore[arg-type]
+
+
 def test_sample_ids_are_unique() -> None:
     located = ORDER.locate(np.arange(2 * CYCLE))
     assert len(set(located.sample_id.tolist())) == 2 * CYCLE

@@ -148,6 +148,7 @@ import sys
 from pathlib import Path
 import datasets
 from configs.enums import SourceFormat
+from configs.errors import UserError
 from configs.schema import SourceConfig
 from data.quarantine import Quarantine
 from data.sources import read_documents
@@ -160,6 +161,13 @@ for name in ("saved", "dict", "folder"):
     source = SourceConfig(format=SourceFormat.hub, path=str(root / name), licence="CC0-1.0", origin="here")
     found = read_documents("hub", source, Quarantine(root / "q", 0), online=False)
     assert [(d.id, d.lang, d.text) for d in found] == [("a", "de", "eins"), ("b", "fr", "deux")], name
+source.hub_split = "test"
+try:
+    list(read_documents("hub", source, Quarantine(root / "q", 0), online=False))
+except UserError as error:
+    assert "hub_split" in str(error)
+else:
+    raise AssertionError("a split that is not there")
 assert not list((root / "cache").rglob("*.arrow")), "no copy of the corpus in a cache"
 """
 

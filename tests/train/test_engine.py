@@ -96,7 +96,7 @@ def build(cfg, rank, resume_from=None):
         FragmentReader(resume_from).read_into(decoder)
     engine = Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
     if resume_from:
-        step = checkpoint.restore(resume_from, engine, IDENTITY).step
+        step = checkpoint.restore(resume_from, engine).step
     return engine, step
 
 
@@ -188,13 +188,14 @@ def test_another_world_size_and_stage_go_on_from_a_checkpoint(on_two_ranks):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, on_two_ranks):
-    from train.checkpoint import newest_usable, restore
+    from train.checkpoint import newest_usable, require_identity
 
     shutil.copytree(on_two_ranks[0] / "whole", tmp_path, dirs_exist_ok=True)
     older, newer = list_checkpoints(tmp_path)
     assert newest_usable(tmp_path) == (newer, [])
     with pytest.raises(UserError, match="corpus_hash is other"):
-        restore(newer, None, {**IDENTITY, "corpus_hash": "other"})
+        require_identity(newer, {**IDENTITY, "corpus_hash": "other"})
+    require_identity(newer, IDENTITY)
     data = newer / "rank-00001.safetensors"
     whole = data.read_bytes()
     for damage in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:], None):

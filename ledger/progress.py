@@ -1,0 +1,92 @@
+"""What a person sees while something long goes on: a bar on a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from types import TracebackType
+
+LINE_EVERY_S = 30.0
+"""Between two plain lines that tell of progress alone."""
+
+
+class Progress:
+    """Counts something up; a context manager.
+
+    Args:
+        what: Stands before the bar, and before the count in a plain line.
+        unit: What is counted, in the plural.
+        total: Where it ends, if that is known.
+        shown: False on ranks that have nothing to say.
+    """
+
+    def __init__(self, what: str, unit: str, total: int | None = None, *, done: int = 0, shown: bool = True) -> None:
+        self.what, self.unit, self.total, self.done = what, unit, total, done
+        self.shown = shown
+        self._next_line_s = time.monotonic() + LINE_EVERY_S
+        self._bar = _Bar(what, unit, total, done) if shown and sys.stdout.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.stop()
+        if kind is None and self.shown and self.total is None:
+            print(f"{self.what}: {self.done:,} {self.unit}", flush=True)
+
+    def stop(self) -> None:
+        """Takes the bar away; for those who cannot be a `with` block."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, n: int = 1) -> None:
+        """Counts `n` more."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.advance(n)
+        elif self.shown and (now := time.monotonic()) >= self._next_line_s:
+            self._next_line_s = now + LINE_EVERY_S
+            of = "" if self.total is None else f" of {self.total:,}"
+            print(f"{self.what}: {self.done:,}{of} {self.unit}", flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.say(line)
+        elif self.shown:
+            print(line, flush=True)
+            self._next_line_s = time.monotonic() + LINE_EVERY_S
+
+
+class _Bar:
+    """rich's bar; a rank behind a pipe never imports it."""
+
+    def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self._task = self._progress.add_task(what, total=total, completed=done)
+        self._progress.start()
+
+    def advance(self, n: int) -> None:
+        self._progress.advance(self._task, n)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        self._progress.stop()
