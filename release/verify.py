@@ -5,40 +5,45 @@ ids, logits and a greedy continuation with ours. Comparing names and shapes is n
 passed such checks have been released with wrong logits.
 """
 
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.decoder import Decoder
+
 MAX_LOGIT_DIFFERENCE = 1e-4
 """In fp32, on the largest absolute difference of any logit."""
-N_GREEDY = 16
+PROMPT_TOKENS, GREEDY_FROM_TOKENS, GREEDY_TOKENS = 256, 32, 16
+"""Logits are compared on so many tokens of each prompt, and continuations from its beginning."""
 
 
-def expect(decoder: torch.nn.Module, prompts: Sequence[tuple[str, list[int]]], seq_len: int, folder: Path) -> None:
+def expect(decoder: Decoder, prompts: Sequence[tuple[str, list[int]]], seq_len: int, folder: Path) -> None:
     """Writes texts, ids, logits and greedy continuations of our own decoder.
+
+    One more prompt fills the whole context with all texts in a row: errors of RoPE grow with the position.
 
     Args:
         decoder: In fp32, with the weights as exported.
         prompts: Texts with their ids, bos included.
-        seq_len: Longer prompts are cut to leave room for the continuation.
+        seq_len: Context length of the model.
         folder: Empty.
     """
-    tensors, texts = {}, []
+    tensors, told = {}, []
     for i, (text, ids) in enumerate(prompts):
-        cut = ids[: seq_len - N_GREEDY]
-        tokens = torch.tensor(cut)
-        with torch.no_grad():
-            tensors[f"logits/{i}"] = decoder(tokens[None])[0]
-        greedy = decoder.generate_greedily(tokens, N_GREEDY).tolist()  # type: ignore[operator]
-        texts.append({"text": text, "ids": ids, "prompt": cut, "greedy": greedy})
+        tensors[f"logits/{i}"] = _logits(decoder, ids[: min(PROMPT_TOKENS, seq_len)])
+        begun = torch.tensor(ids[: min(GREEDY_FROM_TOKENS, seq_len - GREEDY_TOKENS)])
+        told.append({"text": text, "ids": ids, "greedy": decoder.generate_greedily(begun, GREEDY_TOKENS).tolist()})
+    whole = list(itertools.islice(itertools.cycle(id_ for _, ids in prompts for id_ in ids), seq_len))
+    tensors["whole"], tensors["logits/whole"] = torch.tensor(whole), _logits(decoder, whole)
     save_file(tensors, folder / "logits.safetensors")
-    (folder / "prompts.json").write_text(json.dumps(texts), encoding="utf-8")
+    (folder / "prompts.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def verify(folder: Path, expected: Path) -> dict[str, Any]:
@@ -52,26 +57,31 @@ def verify(folder: Path, expected: Path) -> dict[str, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    logits = load_file(expected / "logits.safetensors")
+    expected_logits = load_file(expected / "logits.safetensors")
     prompts = json.loads((expected / "prompts.json").read_text(encoding="utf-8"))
     worst = 0.0
+
+    def compare_logits(name: str, ids: list[int]) -> None:
+        nonlocal worst
+        difference = (_logits(lambda tokens: model(tokens).logits, ids) - expected_logits[f"logits/{name}"]).abs().max()
+        assert difference <= MAX_LOGIT_DIFFERENCE, f"prompt {name}: logits differ by {difference:.2e}"
+        worst = max(worst, difference.item())
+
     for i, prompt in enumerate(prompts):
         ids = tokenizer(prompt["text"])["input_ids"]
         assert ids == prompt["ids"], f"prompt {i}: token ids {ids[:20]}… instead of {prompt['ids'][:20]}…"
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert text == prompt["text"], f"prompt {i}: decodes to {text[:80]!r} instead of {prompt['text'][:80]!r}"
-        tokens = torch.tensor(prompt["prompt"])[None]
-        with torch.no_grad():
-            difference = (model(tokens).logits[0] - logits[f"logits/{i}"]).abs().max().item()
-        assert difference <= MAX_LOGIT_DIFFERENCE, f"prompt {i}: logits differ by {difference:.2e}"
-        worst = max(worst, difference)
-        greedy = _generate(model, tokens)
+        compare_logits(str(i), ids[: len(expected_logits[f"logits/{i}"])])
+        greedy = _generate(model, prompt["greedy"][:-GREEDY_TOKENS])
         assert greedy == prompt["greedy"], f"prompt {i}: continues with {greedy} instead of {prompt['greedy']}"
+    compare_logits("whole", expected_logits["whole"].tolist())
     return {
         "prompts": len(prompts),
         "tokens": sum(len(prompt["ids"]) for prompt in prompts),
         "max_logit_difference": worst,
-        "greedy_tokens_equal": N_GREEDY * len(prompts),
+        "greedy_tokens_equal": GREEDY_TOKENS * len(prompts),
+        "context_tokens": len(expected_logits["whole"]),
         "transformers": transformers.__version__,
         "model_class": type(model).__name__,
         "tokenizer_class": type(tokenizer).__name__,
@@ -92,12 +102,18 @@ def verify_in_fresh_process(folder: Path, expected: Path) -> dict[str, Any]:
     return figures
 
 
-def _generate(model: Any, tokens: torch.Tensor) -> list[int]:
+@torch.no_grad()
+def _logits(model: Callable[[torch.Tensor], torch.Tensor], ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor(ids)[None])[0]
+
+
+def _generate(model: Any, ids: list[int]) -> list[int]:
+    tokens = torch.tensor(ids)[None]
     out = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        max_new_tokens=N_GREEDY,
-        min_new_tokens=N_GREEDY,
+        max_new_tokens=GREEDY_TOKENS,
+        min_new_tokens=GREEDY_TOKENS,
         do_sample=False,
         # The continuation is compared token by token, so the end of the text must not end it.
         eos_token_id=None,

@@ -218,12 +218,12 @@ one_task() {
 
 all_ranks() {
     if [ "$SLURM_NTASKS_PER_NODE" = 1 ]; then
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$as_ranks$as_task" task "$outcome" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$note_network$as_task" task "$outcome" \
             "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" \
             --nproc-per-node="$devices_per_node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
             -m marathon.stage "$1" "$RUN"
     else
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$as_ranks$as_task" task "$outcome" \
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$note_network$as_task" task "$outcome" \
             "${python[@]}" -m marathon.stage "$1" "$RUN"
     fi
 }
@@ -239,7 +239,7 @@ export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 as_node='export PET_NODE_RANK=$SLURM_NODEID # torchrun reads its --node-rank from here
 '
 # The first node notes which network the collectives found: TCP instead of the fabric halves the speed, silently.
-as_ranks='if [ "$SLURM_NODEID" = 0 ]; then
+note_network='if [ "$SLURM_NODEID" = 0 ]; then
     export NCCL_DEBUG=${NCCL_DEBUG-INFO} NCCL_DEBUG_SUBSYS=${NCCL_DEBUG_SUBSYS-INIT,NET}
     export NCCL_DEBUG_FILE=${NCCL_DEBUG_FILE-$RUN/logs/nccl-$SLURM_JOB_ID-%h-%p.log}
 fi
@@ -272,7 +272,7 @@ start_again() {
 
 tell_network() {
     local used
-    used=$(grep -hoE 'Using network .*|Selected provider is .*' "$RUN/logs/nccl-$SLURM_JOB_ID"-* 2>/dev/null | sort -u)
+    used=$(grep -hoE 'Using network .*|Selected provider is .*' "$RUN/logs/nccl-$SLURM_JOB_ID"-* 2>/dev/null | sort -u || true)
     [ -z "$used" ] || say "collectives: ${used//$'\n'/; }"
 }
 

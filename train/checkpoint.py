@@ -84,14 +84,14 @@ def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length, seed or vocabulary."""
+    """Raises `UserError` where the checkpoint was trained on another corpus, mixture, sequence length or seed."""
     manifest = read_manifest(checkpoint)
     for key, now in identity.items():
         if (then := manifest[key]) != now:
             raise UserError(
                 f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}",
-                "a run keeps its corpus, tokenizer, sequence length and seed, or its order of samples means nothing",
-                "name=… begins a new run",
+                "a run keeps corpus, tokenizer, mixture, sequence length and seed: they make its order of samples",
+                "name=… begins a new run; or put back what has changed since",
             )
 
 

@@ -56,6 +56,8 @@ def _prepare(cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signal
         "seq_len": cfg.train.seq_len,
         "seed": cfg.seed,
         "vocab_rows": vocab_rows,
+        # More train.tokens can move the shares of a capped UniMax, and with them the order of what is past.
+        "order": samples.order.fingerprint,
     }
     resume_from, progress = _choose_checkpoint(rank, run_dir, identity), Progress()
 

@@ -16,6 +16,7 @@ SMALL = (
     "cluster.device=cpu",
     "cluster.cpus_per_device=1",
     "schedule.warmup_steps=1",
+    "suite.tasks=[agreement]",
     "suite.max_items_per_language=2",
     "suite.bootstrap_samples=10",
 )

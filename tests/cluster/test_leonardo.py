@@ -18,9 +18,9 @@ def test_a_warned_job_saves_requeues_itself_and_completes_under_one_log(leonardo
     )
     run = leonardo.root / "scratch/runs/smoke"
     metrics = run / "metrics.jsonl"
-    leonardo.wait_for("a step", lambda: metrics.exists() and metrics.stat().st_size > 0, timeout_s=200)
+    leonardo.wait_for("a step", lambda: metrics.exists() and metrics.stat().st_size > 0, timeout_s=300)
     leonardo.run("scancel", "--signal=USR1", job)
-    leonardo.wait_until_ended(job, timeout_s=400)
+    leonardo.wait_until_ended(job, timeout_s=600)
 
     log = (leonardo.root / "submit" / f"marathon-{job}.log").read_text()
     assert leonardo.state(job) == "COMPLETED", log

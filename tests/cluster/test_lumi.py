@@ -25,7 +25,7 @@ def job(lumi: Rig) -> str:
     line = next(line for line in advice.splitlines() if line.startswith("  sbatch "))
     lumi.run(*shlex.split(line), **environment(lumi))
     job = lumi.newest_job()
-    lumi.wait_until_ended(job, timeout_s=400)
+    lumi.wait_until_ended(job, timeout_s=600)
     return job
 
 

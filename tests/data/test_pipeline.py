@@ -13,7 +13,7 @@ import pytest
 
 from configs.compose import freeze
 from configs.errors import UserError
-from configs.schema import RunConfig
+from configs.schema import HoldoutConfig, RunConfig, TokenizerConfig
 from data.manifest import TRAIN, VALID, Manifest, verify
 from data.pipeline import corpus_dir, corpus_key, language_table, prepare
 from data.shards import read_sidecar
@@ -235,6 +235,19 @@ def test_sources_keep_their_licence_and_shards_their_source(
         ("small", "de", "CC0-1.0", "here"), ("small", "fr", "CC0-1.0", "here"), ("other", "de", "CC-BY-4.0", "there"),
     }  # fmt: skip
     assert [s.source for s in manifest.shards_of("de", TRAIN)] == ["other", "small"]
+
+
+def test_the_tokenizer_learns_from_training_documents_alone(make_config: Callable[..., RunConfig]) -> None:
+    def tokenizer_hash(words: list[str]) -> str:
+        cfg = make_config([{"lang": "de", "text": f"{word} " * 50, "part": i} for i, word in enumerate(words)])
+        cfg.corpus.holdout = HoldoutConfig(by_field="part", by_values=[1])
+        cfg.tokenizer = TokenizerConfig(vocab_size=301, character_coverage=1.0)
+        return Manifest.load(prepare(cfg)).tokenizer.sha256["tokenizer.model"]
+
+    learned = "Donaudampfschifffahrtsgesellschaftskapitän Kraftfahrzeughaftpflichtversicherung"
+    first = tokenizer_hash([learned, "Eichhörnchen"])
+    assert first == tokenizer_hash([learned, "Streichholzschächtelchen"])
+    assert first != tokenizer_hash([learned + " Eichhörnchen", "Streichholzschächtelchen"])
 
 
 def test_a_source_name_that_cannot_be_a_file_name_is_refused(make_config: Callable[..., RunConfig]) -> None:
