@@ -54,14 +54,15 @@ def device_memory(cfg: RunConfig) -> Memory:
 
 
 def activation_bytes_per_token(model: ModelConfig, bytes_each: int) -> float:
-    """What the blocks keep for the backward pass, in bytes a token; see `tests/marathon/test_plan.py`."""
-    heads = (model.n_head + 2 * model.n_kv_head) * model.head_dim
-    turned = (model.n_head + model.n_kv_head) * model.head_dim
-    query = model.n_head * model.head_dim
-    # Norms work in fp32: input copy and scaled value, over the stream twice and over queries and keys once.
-    norms = 4 * (2 * 2 * model.d_model + 2 * turned) + bytes_each * (2 * model.d_model + turned)
-    products = bytes_each * (2 * model.d_model + heads + 2 * turned + 2 * query + 4 * model.d_ff)
-    return model.n_layer * (norms + products)
+    """What the blocks keep for the backward pass, in bytes a token; a test compares it with what autograd saves.
+
+    A norm keeps its input in fp32, the normed value, and the scaled value that goes into the next product; those
+    of queries and keys keep the turned value instead. SwiGLU keeps four tensors of the inner width.
+    """
+    norm = 4 + 2 * bytes_each
+    query, key = model.n_head * model.head_dim, model.n_kv_head * model.head_dim
+    attention = (query + key) * norm + (key + query) * bytes_each
+    return model.n_layer * (2 * model.d_model * norm + attention + 4 * model.d_ff * bytes_each)
 
 
 def plan_text(cfg: RunConfig) -> str:

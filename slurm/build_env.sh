@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds an environment with what Marathon needs beside the torch of a container, without ever replacing that torch.
 #
-#   slurm/build_env.sh IMAGE.sif ENV.sqsh   on a login node; then export MARATHON_CONTAINER=IMAGE.sif MARATHON_SQSH=ENV.sqsh
+#   slurm/build_env.sh IMAGE.sif ENV.sqsh   on a login node; jobs want the two as MARATHON_CONTAINER and MARATHON_SQSH
 #   slurm/build_env.sh none DIR             over the python3 on PATH, or over MARATHON_PYTHON; no container
 #
 # The container's torch knows the machine's fabric and drivers; a wheel from an index does not, and falls back to TCP.
@@ -52,8 +52,9 @@ build_here() {
 }
 
 where_is_torch() {
-    "$1" -c 'from importlib.metadata import distribution as d; t = d("torch"); print(t.version, t.locate_file("torch"))' \
-        2>/dev/null || true
+    "$1" -c 'from importlib.metadata import distribution
+torch = distribution("torch")
+print(torch.version, torch.locate_file("torch"))' 2>/dev/null || true
 }
 
 print_packages='import sysconfig; print(sysconfig.get_path("purelib"))'

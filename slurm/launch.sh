@@ -145,11 +145,11 @@ run_stages() {
     set -a
     : "${PYTHONPATH:=}"
     PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$MARATHON_HOME # the code that runs is the checkout that was submitted
-    : "${PYTHONSAFEPATH=1}"      # nothing is imported from the folder of submission by accident
-    : "${PYTHONNOUSERSITE=1}"    # nor from ~/.local, which would shadow the container
-    : "${PYTHONUNBUFFERED=1}"    # the log shows a line when it is printed
-    : "${HF_HUB_OFFLINE=1}"      # compute nodes have no internet; asking a hub only waits for its timeout
-    : "${HF_DATASETS_OFFLINE=1}" # the same
+    : "${PYTHONSAFEPATH=1}"       # nothing is imported from the folder of submission by accident
+    : "${PYTHONNOUSERSITE=1}"     # nor from ~/.local, which would shadow the container
+    : "${PYTHONUNBUFFERED=1}"     # the log shows a line when it is printed
+    : "${HF_HUB_OFFLINE=1}"       # compute nodes have no internet; asking a hub only waits for its timeout
+    : "${HF_DATASETS_OFFLINE=1}"  # the same
     : "${TRANSFORMERS_OFFLINE=1}" # the same
     # Node-local memory: compilers' caches on Lustre wait for each other's locks, or crash on missing ones.
     MARATHON_CACHE=/tmp/marathon-$SLURM_JOB_ID
@@ -217,14 +217,15 @@ one_task() {
 }
 
 all_ranks() {
+    local stage=(-m marathon.stage "$1" "$RUN")
     if [ "$SLURM_NTASKS_PER_NODE" = 1 ]; then
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none bash -c "$as_node$note_network$as_task" task "$outcome" \
-            "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" \
-            --nproc-per-node="$devices_per_node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
-            -m marathon.stage "$1" "$RUN"
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none \
+            bash -c "$as_node$note_network$as_task" task "$outcome" "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" \
+            --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$devices_per_node" \
+            --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "${stage[@]}"
     else
-        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" bash -c "$as_rank$note_network$as_task" task "$outcome" \
-            "${python[@]}" -m marathon.stage "$1" "$RUN"
+        step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind="$cpu_bind" \
+            bash -c "$as_rank$note_network$as_task" task "$outcome" "${python[@]}" "${stage[@]}"
     fi
 }
 
@@ -272,7 +273,8 @@ start_again() {
 
 tell_network() {
     local used
-    used=$(grep -hoE 'Using network .*|Selected provider is .*' "$RUN/logs/nccl-$SLURM_JOB_ID"-* 2>/dev/null | sort -u || true)
+    used=$(grep -hoE 'Using network .*|Selected provider is .*' "$RUN/logs/nccl-$SLURM_JOB_ID"-* 2>/dev/null |
+        sort -u || true)
     [ -z "$used" ] || say "collectives: ${used//$'\n'/; }"
 }
 

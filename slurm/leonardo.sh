@@ -45,8 +45,11 @@ source "$MARATHON_HOME/slurm/launch.sh"
 check_site() {
     local nodes=$1 qos=$2
     if [ "$nodes" -gt 256 ]; then
-        [ -n "${SLURM_JOB_RESERVATION:-}" ] || [[ $qos != "" && $qos != normal && $qos != boost_qos_* ]] || stop "--nodes=$nodes" \
-            "boost_usr_prod runs up to 256 nodes a job" "fewer nodes, or --qos and --reservation from CINECA"
+        case $qos in # a QOS of the project's own may allow it
+        "" | normal | boost_qos_*)
+            stop "--nodes=$nodes" "boost_usr_prod runs up to 256 nodes a job" \
+                "fewer nodes, or --qos and --reservation from CINECA" ;;
+        esac
     elif [ "$nodes" -gt 64 ]; then
         [[ $qos != "" && $qos != normal ]] || stop "--nodes=$nodes without a QOS" \
             "65 to 256 nodes need --qos=boost_qos_bprod" "add --qos=boost_qos_bprod"

@@ -60,10 +60,12 @@ set -a # what follows is exported; what you set yourself wins
 set +a
 # NCCL_NET_GDR_LEVEL stays unset: right on ROCm 6.4 and older, it hangs the first collective on ROCm 7.0.
 
+use_container singularity run # run, not exec: the image has a start-up script
 if [ "$MARATHON_CONTAINER" != none ]; then
+    set +u # modules read variables that need not be there
     module purge
     module use /appl/local/laifs/modules
     module load lumi-aif-singularity-bindings # the host's fabric libraries and file systems, seen inside
+    set -u
 fi
-use_container singularity run # run, not exec: the image has a start-up script
 run_stages "$@"

@@ -92,5 +92,12 @@ def test_a_script_without_its_checkout_says_where_it_looked(lumi: Rig) -> None:
 
 
 def test_a_mistake_in_the_configuration_ends_the_job_before_any_stage(lumi: Rig) -> None:
-    log = lumi.log_of_failed_job(SCRIPT, "--account", ACCOUNT, arguments=(*SMALL, "model.d_modle=3"))
+    arguments = (*SMALL, "model.d_modle=3")
+    log = lumi.log_of_failed_job(SCRIPT, "--account", ACCOUNT, arguments=arguments, **environment(lumi))
     assert "d_modle" in log and "data," not in log
+
+
+def test_a_job_without_the_image_names_it(lumi: Rig) -> None:
+    env = {name: value for name, value in environment(lumi).items() if name != "MARATHON_CONTAINER"}
+    log = lumi.log_of_failed_job(SCRIPT, "--account", ACCOUNT, arguments=SMALL, **env)
+    assert "lumi-multitorch-latest.sif is not there" in log and "repair:" in log
