@@ -20,11 +20,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from configs.compose import GROUPS, run_dir
+from configs.errors import UserError
 from configs.schema import RunConfig
+from data.manifest import verify
+from data.pipeline import corpus_dir
 from marathon import placement
 from marathon.outcome import Outcome, Status, does_not_apply, failed, in_job, passed, warned
-from model.decoder import padded_rows
-from model.flops import count_parameters
+from marathon.plan import checkpoint_bytes, checkpoints_on_disk
 
 DISTRIBUTION = "marathon-llm"
 KNOWN_BAD = (
@@ -37,8 +39,6 @@ LEAST_SHARED_MEMORY_BYTES = 2**30
 """Docker gives 64 MiB unless told otherwise; NCCL's buffers and loader workers then die with a bus error."""
 CLOCK_TOLERANCE_S = 2.0
 RENDEZVOUS_TIMEOUT_S = 20
-_BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: master weight and two moments of AdamW in fp32."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,25 @@ def check_scratch(cfg: RunConfig) -> Outcome:
 
 def check_space(cfg: RunConfig) -> Outcome:
     """Free space against the checkpoints that are still to be written."""
-    folder, needed = _existing(Path(cfg.cluster.scratch)), checkpoint_bytes(cfg)
+    folder, needed = _existing(Path(cfg.cluster.scratch)), checkpoints_on_disk(cfg) * checkpoint_bytes(cfg)
     written = sum(f.stat().st_size for f in (run_dir(cfg) / "checkpoints").rglob("*") if f.is_file())
     free, to_come = shutil.disk_usage(folder).free, max(needed - written, 0)
     found = f"{free / 2**30:,.1f} GiB free, {to_come / 2**30:,.1f} GiB of checkpoints to come; quotas do not show here"
     if free >= to_come:
         return passed(found)
     return failed(found, "train.keep_checkpoints=3, a larger train.save_every_steps, or another cluster.scratch")
+
+
+def check_corpus(cfg: RunConfig) -> Outcome:
+    """Every file of the prepared corpus against its hash, if it is prepared."""
+    try:
+        # Naming the folder hashes the sources, which leaves a cache: only where there is a folder to look at.
+        if not (Path(cfg.cluster.scratch) / "corpora").exists() or not (folder := corpus_dir(cfg)).exists():
+            return does_not_apply("the corpus is not prepared yet")
+        verify(folder)
+    except UserError as error:
+        return failed(error.found, error.repair)
+    return passed(f"{folder} is what its manifest says")
 
 
 def check_shared_memory(_: RunConfig) -> Outcome:
@@ -234,16 +246,10 @@ CONFIGURED: dict[str, Callable[[RunConfig], Outcome]] = {
     "network interface": placement.check_interfaces,
     "scratch": check_scratch,
     "space": check_space,
+    "corpus": check_corpus,
     "shared memory": check_shared_memory,
     "clock": check_clock,
 }
-
-
-def checkpoint_bytes(cfg: RunConfig) -> int:
-    """Bytes of all checkpoints that a run keeps, step 0 included, and of the one being written beside them."""
-    written = 1 + -(-cfg.train.steps // cfg.train.save_every_steps)
-    kept = min(written, 2 + cfg.train.keep_checkpoints) if cfg.train.keep_checkpoints else written
-    return kept * _BYTES_PER_PARAMETER * count_parameters(cfg.model, padded_rows(cfg.tokenizer.vocab_size))
 
 
 def _version(name: str) -> str:

@@ -85,7 +85,7 @@ def plan_text(cfg: RunConfig) -> str:
         f"memory        of one device, ZeRO-{cfg.engine.zero_stage}, {cfg.engine.precision.value}:",
         *(f"  {name:<12}{size / 2**30:>9.2f} GiB" for name, size in vars(memory).items()),
         f"  {'total':<12}{memory.total / 2**30:>9.2f} GiB of {cfg.cluster.device_memory_gib:.0f} GiB",
-        f"checkpoint    {12 * parameters / 2**30:.1f} GiB each, {_n_checkpoints(cfg)} kept",
+        f"disk          {checkpoints_on_disk(cfg)} checkpoints of {checkpoint_bytes(cfg) / 2**30:,.2f} GiB",
     ]
     if memory.total > cfg.cluster.device_memory_gib * 2**30:
         lines.append("WARNING       this does not fit: train.max_micro_batch_seqs=1, engine=zero2, or more devices")
@@ -102,6 +102,12 @@ def _time_line(cfg: RunConfig, flops: float) -> str:
     )
 
 
-def _n_checkpoints(cfg: RunConfig) -> int:
+def checkpoint_bytes(cfg: RunConfig) -> int:
+    """Bytes of one checkpoint: master weight and two moments in fp32 for each parameter."""
+    return 12 * count_parameters(cfg.model, padded_rows(cfg.tokenizer.vocab_size))
+
+
+def checkpoints_on_disk(cfg: RunConfig) -> int:
+    """Checkpoints at the most: all, or step 0, those that are kept, and the one being written beside them."""
     written = 1 + -(-cfg.train.steps // cfg.train.save_every_steps)
-    return min(written, 1 + cfg.train.keep_checkpoints) if cfg.train.keep_checkpoints else written
+    return min(written, 2 + cfg.train.keep_checkpoints) if cfg.train.keep_checkpoints else written
