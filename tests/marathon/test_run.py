@@ -104,7 +104,7 @@ def test_a_run_under_signals_ends_bit_by_bit_as_the_other(finished, marathon):
     assert "run `marathon data`" in output
     assert marathon("data", *SMALL, "name=killed")[0] == 0
 
-    asked = marathon.start("train", *SMALL, "name=killed")
+    asked = marathon.start("train", *SMALL, "name=killed", "log.wandb=offline")
     wait_for(lambda: steps_logged(run_dir) >= 1)
     asked.send_signal(signal.SIGTERM)
     output, _ = asked.communicate(timeout=120)
@@ -112,6 +112,7 @@ def test_a_run_under_signals_ends_bit_by_bit_as_the_other(finished, marathon):
     assert "stopped by SIGTERM" in output
     stopped_at = read_manifest(list_checkpoints(run_dir)[-1])["progress"]["step"]
     assert 1 <= stopped_at < 8
+    assert list(run_dir.glob("logs/wandb/offline-run-*/*.wandb")), "asked for, and without network"
 
     killed = marathon.start("train", *SMALL, "name=killed")
     wait_for(lambda: steps_logged(run_dir) > stopped_at)

@@ -1,6 +1,7 @@
 """The engine against a plain PyTorch loop on one process, and checkpoints across world sizes and stages."""
 
 import dataclasses
+import math
 import shutil
 
 import pytest
@@ -129,8 +130,10 @@ def go_on_alone(checkpoint, *settings):
     rank = join(cfg)
     engine, step = build(cfg, rank, checkpoint)
     told = engine_steps(engine, cfg, rank, step_shape(cfg), step, 6)
+    engine.decoder.blocks[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    ((_, norm),) = engine_steps(engine, cfg, rank, step_shape(cfg), 6, 7)
     leave()
-    return told
+    return told, norm
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +186,9 @@ def test_bf16_resumes_bit_by_bit_from_fp32_master_weights(tmp_path):
 
 def test_another_world_size_and_stage_go_on_from_a_checkpoint(on_two_ranks):
     folder, (whole, _) = on_two_ranks
-    told = run_ranks(go_on_alone, 1, folder / "whole/checkpoints/step-000000003", 1, 2, "fp32")
+    told, norm_after_nan = run_ranks(go_on_alone, 1, folder / "whole/checkpoints/step-000000003", 1, 2, "fp32")
     assert [nats for nats, _ in told] == pytest.approx([nats for nats, _ in whole[3:]], rel=1e-5)
+    assert not math.isfinite(norm_after_nan), "what stops the loop is the norm"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, on_two_ranks):
