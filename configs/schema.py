@@ -306,6 +306,7 @@ class SuiteConfig:
     def __post_init__(self) -> None:
         require_positive("suite", bootstrap_samples=self.bootstrap_samples, batch_seqs=self.batch_seqs)
         n = self.max_items_per_language
+        require(bool(self.tasks), "suite.tasks = []", "checkpoints are asked something", "suite=smoke, suite=cldr")
         require(n >= 2, f"suite.max_items_per_language = {n}", "a standard error takes two items", "2 or more")
 
 

@@ -32,6 +32,7 @@ from data.quarantine import Quarantine
 from data.shards import SUFFIXES, ShardWriter
 from data.sources import Document, read_documents, source_files
 from data.tokenizer import Encoder
+from ledger.progress import Progress
 
 FORMAT = 1
 """Part of every key: raise it when the same text would give other files."""
@@ -225,14 +226,10 @@ def _batched(stream: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _with_progress(stream: Iterator[Document], doing: str) -> Iterator[Document]:
-    n_docs, source = 0, ""
-    for document in stream:
-        if document.source != source or n_docs % 1_000_000 == 0:
-            source = document.source
-            print(f"{doing} {source}, from document {n_docs + 1:,} on", flush=True)
-        n_docs += 1
-        yield document
-    print(f"{doing}: {n_docs:,} documents", flush=True)
+    with Progress(doing, "documents") as progress:
+        for document in stream:
+            yield document
+            progress.advance()
 
 
 def _entry(cfg: RunConfig, key: ShardKey, writer: ShardWriter, folder: Path) -> ShardEntry:

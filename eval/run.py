@@ -27,6 +27,7 @@ from eval.results import Identity, family_means, read_result, result_path, write
 from eval.suites import build_suite
 from eval.validation import Document, bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger import host
+from ledger.progress import Progress
 from ledger.record import Ledger
 from model.hf import to_transformers
 from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, read_manifest
@@ -60,12 +61,14 @@ def evaluate(
     if plan[0] is None:
         raise error or SystemExit(1)
     suite_dir, to_do = plan[0]
-    for checkpoint in to_do:
-        result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer, corpus_hash, ranks)
-        if ranks.is_main_process:
-            write_result(result_path(run_dir, checkpoint.name), result)
-            _record(run_dir, result)
-            _print(result)
+    with Progress("evaluating", "checkpoints", len(to_do), shown=ranks.is_main_process) as progress:
+        for checkpoint in to_do:
+            result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer, corpus_hash, ranks)
+            if ranks.is_main_process:
+                write_result(result_path(run_dir, checkpoint.name), result)
+                _record(run_dir, result)
+                progress.say(_line(result))
+            progress.advance()
     ranks.destroy_process_group()
 
 
@@ -175,13 +178,12 @@ def _record(run_dir: Path, result: dict[str, Any]) -> None:
         ledger.append("evaluation", **facts, hardware=result["hardware"], world_size=result["world_size"])
 
 
-def _print(result: dict[str, Any]) -> None:
+def _line(result: dict[str, Any]) -> str:
     families = "".join(
         f", {name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in result["families"].items()
     )
     languages = len(result["bpb"])
-    print(
+    return (
         f"{result['checkpoint']}: {result['bpb_mean']:.4f} bits per byte over {languages} languages{families}, "
-        f"{result['wall_s']:.1f} s",
-        flush=True,
+        f"{result['wall_s']:.1f} s"
     )

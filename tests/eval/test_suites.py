@@ -158,7 +158,6 @@ def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path, monkeypatch)
     [
         (SuiteConfig(tasks=["agrement"]), ["pl"], "agrement"),
         (SuiteConfig(tasks=["agreement"]), ["hu"], "no questions"),
-        (SuiteConfig(tasks=["agreement"], max_items_per_language=1), ["pl"], "room for two"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(suite_config, languages, message, tmp_path):
