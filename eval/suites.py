@@ -110,7 +110,7 @@ def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Pat
     """Writes the suite under `root`, if it is not there yet, and returns its folder.
 
     Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
-    not in `FAMILIES`, for less room than a pair takes, and where nothing is left to ask.
+    not in `FAMILIES`, and where nothing is left to ask.
     """
     for family in suite.tasks:
         if family not in FAMILIES:
