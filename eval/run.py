@@ -16,20 +16,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from configs.enums import Device, Precision
 from configs.errors import UserError
 from configs.schema import RunConfig
-from eval.harness import run_suite
 from eval.results import Identity, family_means, read_result, result_path, write_result
 from eval.suites import build_suite
 from eval.validation import Document, bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger import host
 from ledger.progress import Progress
 from ledger.record import Ledger
-from model.hf import to_transformers
+from model.decoder import Decoder
 from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, read_manifest
 
 
@@ -38,16 +35,16 @@ def evaluate(
     run_dir: Path,
     *,
     documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_dir: Path,
     corpus_hash: str,
 ) -> None:
     """Evaluates every checkpoint, step 0 included, that has no result yet.
 
     Under torchrun or srun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) this is one of the ranks. The
     suite asks in the languages of `documents` and stands in RUN/eval. Raises `UserError` on all ranks where there
-    is no checkpoint, no document or no question.
+    is no checkpoint or no document.
     """
-    disable_progress_bar()  # of transformers, for each model and rank
+    torch.set_num_threads(cfg.cluster.cpus_per_device)
     ranks = PartialState(cpu=cfg.cluster.device is Device.cpu, timeout=timedelta(seconds=cfg.engine.timeout_s))
     plan: list[Any] = [None]
     error = None
@@ -63,7 +60,7 @@ def evaluate(
     suite_dir, to_do = plan[0]
     with Progress("evaluating", "checkpoints", len(to_do), shown=ranks.is_main_process) as progress:
         for checkpoint in to_do:
-            result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer, corpus_hash, ranks)
+            result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer_dir, corpus_hash, ranks)
             if ranks.is_main_process:
                 write_result(result_path(run_dir, checkpoint.name), result)
                 _record(run_dir, result)
@@ -104,7 +101,7 @@ def _evaluate_checkpoint(
     checkpoint: Path,
     suite_dir: Path,
     documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_dir: Path,
     corpus_hash: str,
     ranks: PartialState,
 ) -> dict[str, Any]:
@@ -123,14 +120,7 @@ def _evaluate_checkpoint(
         world_size=ranks.num_processes,
     )
     bpb = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
-    model = to_transformers(
-        decoder,
-        seq_len=cfg.train.seq_len,
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-    suite = run_suite(model, tokenizer, suite_dir, index["tasks"], batch_seqs=cfg.suite.batch_seqs)
+    suite = _ask(decoder, cfg, suite_dir, index["tasks"], tokenizer_dir)
     progress = read_manifest(checkpoint)["progress"]
     return {
         "checkpoint": checkpoint.name,
@@ -148,6 +138,30 @@ def _evaluate_checkpoint(
         "world_size": ranks.num_processes,
         "wall_s": round(time.monotonic() - start, 3),
     }
+
+
+def _ask(
+    decoder: Decoder, cfg: RunConfig, suite_dir: Path, tasks: dict[str, Any], tokenizer_dir: Path
+) -> dict[str, Any]:
+    """The suite's figures. Without questions, neither transformers nor lm-eval is loaded, which takes each rank 4 s."""
+    if not tasks:
+        return {"tasks": {}, "prompt_sha256": ""}
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from eval.harness import run_suite
+    from model.hf import to_transformers
+
+    disable_progress_bar()  # one for each model and rank
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = to_transformers(
+        decoder,
+        seq_len=cfg.train.seq_len,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    return run_suite(model, tokenizer, suite_dir, tasks, batch_seqs=cfg.suite.batch_seqs)
 
 
 def _suite_index(suite_dir: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Pat
     """Writes the suite under `root`, if it is not there yet, and returns its folder.
 
     Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
-    not in `FAMILIES`, and where nothing is left to ask.
+    not in `FAMILIES`, and for families that have nothing to ask. Without families, the suite is empty.
     """
     for family in suite.tasks:
         if family not in FAMILIES:
@@ -125,7 +125,7 @@ def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Pat
         for name, groups in found.items()
         if sizes[name] >= MIN_ITEMS
     }
-    if not kept:
+    if suite.tasks and not kept:
         raise UserError(
             f"suite.tasks = {list(suite.tasks)} in {sorted(languages)}", "has no questions", f"languages of {LANGUAGES}"
         )

@@ -64,8 +64,6 @@ def run_train(cfg: RunConfig, run_dir: Path) -> int:
 
 def run_eval(cfg: RunConfig, run_dir: Path) -> int:
     """Evaluates every checkpoint as one rank."""
-    from transformers import AutoTokenizer
-
     from data.heldout import ValidDocuments
     from eval.run import evaluate
 
@@ -74,7 +72,7 @@ def run_eval(cfg: RunConfig, run_dir: Path) -> int:
         cfg,
         run_dir,
         documents=ValidDocuments(Path(corpus["path"])).read_all(),
-        tokenizer=AutoTokenizer.from_pretrained(Path(corpus["path"]) / "tokenizer"),
+        tokenizer_dir=Path(corpus["path"]) / "tokenizer",
         corpus_hash=corpus["corpus_hash"],
     )
     return 0

@@ -136,7 +136,9 @@ def _results(evaluation: dict[str, Any] | None) -> str:
             "bootstrap over documents. Lower is better; languages are not comparable with each other.",
             _table(("language", "bits per byte", "95 % interval", "documents"), languages),
             "Tasks, zero-shot, by log-likelihood.",
-            _table(("task", "accuracy", "standard error", "chance", "items"), tasks),
+            _table(("task", "accuracy", "standard error", "chance", "items"), tasks)
+            if tasks
+            else gap("none was asked"),
         ]
     )
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.cluster.conftest import CHECKOUT, SMALL, environment
+from tests.cluster.conftest import CHECKOUT, QUESTIONS, SMALL, environment
 from tests.cluster.rig import ACCOUNT, Rig
 
 pytestmark = pytest.mark.slurm
@@ -14,7 +14,7 @@ SCRIPT = str(CHECKOUT / "slurm/leonardo.sh")
 
 def test_a_warned_job_saves_requeues_itself_and_completes_under_one_log(leonardo: Rig) -> None:
     job = leonardo.submit(
-        f"--account={ACCOUNT}", "--nodes=2", SCRIPT, *SMALL, "train.tokens=98304", **environment(leonardo)
+        f"--account={ACCOUNT}", "--nodes=2", SCRIPT, *SMALL, *QUESTIONS, "train.tokens=98304", **environment(leonardo)
     )
     run = leonardo.root / "scratch/runs/smoke"
     metrics = run / "metrics.jsonl"

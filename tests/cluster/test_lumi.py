@@ -21,7 +21,7 @@ RUN_ENTRIES = {"config.yaml", "ledger.jsonl", "metrics.jsonl", "report.html", "c
 def job(lumi: Rig) -> str:
     """A job on two nodes, submitted with the line that the front door prints, after it has ended."""
     options = (f"--account={ACCOUNT}", "--nodes=2", "--time=00:30:00")
-    advice = lumi.run(SCRIPT, *options, *SMALL, "train.tokens=16384", **environment(lumi)).stdout
+    advice = lumi.run(SCRIPT, *options, *SMALL, "suite=bpb", "train.tokens=16384", **environment(lumi)).stdout
     line = next(line for line in advice.splitlines() if line.startswith("  sbatch "))
     lumi.run(*shlex.split(line), **environment(lumi))
     job = lumi.newest_job()

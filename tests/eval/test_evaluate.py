@@ -28,6 +28,12 @@ def cfg(tiny_model: ModelConfig, tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
+def tokenizer_dir(tokenizer, tmp_path: Path) -> Path:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
 def run_dir(cfg: RunConfig, tmp_path: Path) -> Path:
     for step in (0, 60):
         save_checkpoint(cfg, tmp_path / "run", step, seed=step)
@@ -61,8 +67,8 @@ def as_one_of_two(rank: int, port: int, cfg: RunConfig, run_dir: Path, material:
     evaluate(cfg, run_dir, **material)
 
 
-def test_run_of_two_processes_equals_that_of_one(cfg, run_dir, tmp_path, documents, tokenizer, capsys):
-    material = {"documents": documents, "tokenizer": tokenizer, "corpus_hash": "c0"}
+def test_run_of_two_processes_equals_that_of_one(cfg, run_dir, tmp_path, documents, tokenizer_dir, capsys):
+    material = {"documents": documents, "tokenizer_dir": tokenizer_dir, "corpus_hash": "c0"}
     two = tmp_path / "two"
     (two / "checkpoints").mkdir(parents=True)
     (two / "checkpoints" / "step-000000060").symlink_to(run_dir / "checkpoints" / "step-000000060")
@@ -92,8 +98,8 @@ def test_run_of_two_processes_equals_that_of_one(cfg, run_dir, tmp_path, documen
     assert "step-000000060" in lines[-1] and len(lines) == 3
 
 
-def test_only_what_has_changed_is_evaluated_again(cfg, run_dir, documents, tokenizer):
-    material = {"documents": documents[:2], "tokenizer": tokenizer}
+def test_only_what_has_changed_is_evaluated_again(cfg, run_dir, documents, tokenizer_dir):
+    material = {"documents": documents[:2], "tokenizer_dir": tokenizer_dir}
     cfg.suite.tasks = ["countries"]
 
     def written() -> dict[str, int]:
@@ -118,11 +124,19 @@ def test_only_what_has_changed_is_evaluated_again(cfg, run_dir, documents, token
     assert len(list(Ledger(run_dir).read("evaluation"))) == 2
 
 
-def test_what_cannot_be_evaluated_is_refused(cfg, run_dir, tmp_path, documents, tokenizer):
+def test_without_questions_there_are_bits_per_byte(cfg, run_dir, documents, tmp_path):
+    cfg.suite.tasks = []
+    evaluate(cfg, run_dir, documents=documents, tokenizer_dir=tmp_path / "not needed", corpus_hash="c0")
+    for result in read_results(run_dir):
+        assert result["tasks"] == {} == result["families"]
+        assert set(result["bpb"]) == {"de", "el", "pl"}
+
+
+def test_what_cannot_be_evaluated_is_refused(cfg, run_dir, tmp_path, documents, tokenizer_dir):
     with pytest.raises(UserError, match="no checkpoint"):
-        evaluate(cfg, tmp_path / "empty", documents=documents, tokenizer=tokenizer, corpus_hash="c0")
+        evaluate(cfg, tmp_path / "empty", documents=documents, tokenizer_dir=tokenizer_dir, corpus_hash="c0")
     with pytest.raises(UserError, match="no document"):
-        evaluate(cfg, run_dir, documents=[], tokenizer=tokenizer, corpus_hash="c0")
+        evaluate(cfg, run_dir, documents=[], tokenizer_dir=tokenizer_dir, corpus_hash="c0")
 
 
 def test_result_is_whole_or_not_there(tmp_path):

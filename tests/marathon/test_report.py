@@ -187,9 +187,10 @@ def test_state_is_read_from_the_ledger(full_run: Path) -> None:
 
 
 def test_config_gives_name_and_settings(full_run: Path) -> None:
-    freeze(compose(["experiment=smoke", "name=my-run"]), full_run / "config.yaml")
+    cfg = compose(["experiment=smoke", "name=my-run"])
+    freeze(cfg, full_run / "config.yaml")
     text = read_page(full_run).text
-    for fact in ("my-run", "983,040", "0.004, wsd", "unimax", "fp32, gradients travel in fp32"):
+    for fact in ("my-run", f"{cfg.train.tokens:,}", "0.004, wsd", "unimax", "fp32, gradients travel in fp32"):
         assert fact in text, fact
     assert "Slovenian" in text, "a configured language without a value still has its panel"
 
