@@ -42,6 +42,12 @@ class Rank:
         """Sums each value over all ranks, modulo 2**64, in int64."""
         return self._sum(torch.tensor(values, dtype=torch.int64)).tolist()
 
+    def max(self, value: float) -> float:
+        """The largest value of all ranks."""
+        on_device = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch_dist.all_reduce(on_device, torch_dist.ReduceOp.MAX)
+        return on_device.item()
+
     def tell(self, text: str) -> str:
         """The first rank's text, on every rank."""
         told = [text]

@@ -133,7 +133,7 @@ class Window:
     def log(self, lr: float, grad_norm: float) -> None:
         """Writes the line of this window and begins the next."""
         job, progress = self.job, self.job.progress
-        nats, labels, memory = job.rank.sum([*self.counts.tolist(), memory_gib(job.rank.device)])
+        nats, labels = job.rank.sum(self.counts.tolist())
         steps = progress.step - self.first_step
         elapsed_s = time.perf_counter() - self.begin_s
         tokens = steps * job.cfg.train.tokens_per_step
@@ -149,7 +149,7 @@ class Window:
             grad_norm=grad_norm,
             tokens_per_s=tokens_per_s,
             mfu=job.flops_per_token * tokens_per_s / (job.rank.world_size * job.peak_flops),
-            memory_gib=memory / job.rank.world_size,
+            memory_gib=job.rank.max(memory_gib(job.rank.device)),
             step_s=elapsed_s / steps,
         )
         self.restart()
