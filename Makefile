@@ -22,15 +22,15 @@ check: $(VENV)/ready ## format, lint, types, imports between rooms, layout
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --quiet 2>/dev/null || $(BIN)/lint-imports
+	@imports=$$($(BIN)/lint-imports 2>&1) || { echo "$$imports"; exit 1; }
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 format: $(VENV)/ready ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove environment, caches and the smoke run
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache scratch
+clean: ## remove environment and caches; runs and corpora stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch comes first and by name: whatever else is installed then keeps it.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -6,16 +6,19 @@ knows) is closed by merging the result once more onto the schema.
 """
 
 import contextlib
+import difflib
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.checks import check
 from configs.errors import UserError
@@ -49,6 +52,13 @@ def compose(overrides: list[str]) -> RunConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(
+                override, "arguments have the form SETTING=VALUE", f"experiment={override.lstrip('-')}, or name=…"
+            )
+    # The one setting with free keys; Hydra would want a plus sign for each of them.
+    overrides = [f"++{o}" if o.startswith("mixture.weights") else o for o in overrides]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
@@ -56,6 +66,8 @@ def compose(overrides: list[str]) -> RunConfig:
             composed = hydra_compose("run", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, overrides) from None
+    except YAMLError as error:
+        raise UserError(" ".join(str(error).split()), "files in configs/ are YAML", "correct the file") from None
     with _readable_errors(overrides):
         cfg = _onto_schema(OmegaConf.to_container(composed, resolve=True))
     for source in cfg.corpus.sources.values():
@@ -145,7 +157,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(node, dict):
         items = list(node.items())
     else:
-        return {prefix.rstrip("."): node}
+        return {prefix.rstrip("."): node.value if isinstance(node, Enum) else node}
     return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
@@ -168,7 +180,9 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
     given = " ".join(overrides) or "the defaults"
     if "must specify 'experiment'" in text:
         return UserError(
-            "no experiment", "a run is described by one", f"experiment= one of {', '.join(_names('experiment'))}"
+            f"no experiment in: {given}",
+            "a run is described by one",
+            f"experiment= one of {', '.join(_names('experiment'))}",
         )
     if option := re.search(r"Could not find '([^/]+)/([^']+)'", text):
         group, name = option.groups()
@@ -179,17 +193,31 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         return UserError(
             f"unknown setting {option[1]!r} in: {given}",
             "every setting is a field of configs/schema.py",
-            "check the spelling; `marathon plan` prints the whole config",
+            _nearest(option[1]),
         )
     if key := re.search(r"Key '([^']+)' not in '([^']+)'", text):
         return UserError(
             f"unknown setting {key[1]!r} in: {given}",
             f"{key[2]} in configs/schema.py has no such field",
-            "check the spelling; a leading + does not help",
+            _nearest(key[1]),
         )
     first, *rest = [line.strip() for line in cause.splitlines()] or [type(error).__name__]
     where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
     return UserError(f"{where}: {first}", "the value must fit its field in configs/schema.py", "correct the value")
+
+
+def _nearest(name: str) -> str:
+    """The settings most like a name that is none."""
+    close = difflib.get_close_matches(name, _setting_names(RunConfig), n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
+
+
+def _setting_names(section: type, prefix: str = "") -> list[str]:
+    names = []
+    for setting in fields(section):
+        nested = setting.type if isinstance(setting.type, type) and is_dataclass(setting.type) else None
+        names += _setting_names(nested, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
+    return names
 
 
 def _names(group: str) -> list[str]:

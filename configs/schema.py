@@ -313,8 +313,8 @@ class SuiteConfig:
 class ReleaseConfig:
     """What the release folder says of itself."""
 
-    licence: str = "apache-2.0"
-    """Licence of the weights, as Hugging Face names it."""
+    licence: str = ""
+    """Licence of the weights, as Hugging Face names it (apache-2.0); the card says GAP where this is empty."""
     provider: str = ""
     """Who publishes the model; the card says GAP where this is empty."""
 

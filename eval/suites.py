@@ -106,17 +106,22 @@ def countries(lang: str) -> list[Group]:
 FAMILIES: dict[str, Callable[[str], list[Group]]] = {"agreement": agreement, "countries": countries}
 
 
+def require_families(suite: SuiteConfig) -> None:
+    """Raises `UserError` for a family that is not in `FAMILIES`."""
+    for family in suite.tasks:
+        if family not in FAMILIES:
+            raise UserError(
+                f"suite.tasks has {family!r}", "families of tasks are in eval/suites.py", f"one of {sorted(FAMILIES)}"
+            )
+
+
 def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Path:
     """Writes the suite under `root`, if it is not there yet, and returns its folder.
 
     Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
     not in `FAMILIES`, and for families that have nothing to ask. Without families, the suite is empty.
     """
-    for family in suite.tasks:
-        if family not in FAMILIES:
-            raise UserError(
-                f"suite.tasks has {family!r}", "families of tasks are in eval/suites.py", f"one of {sorted(FAMILIES)}"
-            )
+    require_families(suite)
     spoken = [lang for lang in LANGUAGES if lang in set(languages)]
     found = {f"{family}_{lang}": FAMILIES[family](lang) for family in suite.tasks for lang in spoken}
     sizes = {name: sum(map(len, groups)) for name, groups in found.items()}

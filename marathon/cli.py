@@ -84,7 +84,7 @@ def run(overrides: list[str]) -> int:
 
 
 def _one_stage(stage: str) -> Callable[[list[str]], int]:
-    return lambda overrides: _run_stage(stage, *open_run(overrides))
+    return lambda overrides: _run_stage(stage, *open_run(overrides, is_new=stage == "data"))
 
 
 def _run_stage(stage: str, cfg: "RunConfig", run_dir: Path) -> int:
@@ -154,24 +154,35 @@ def complete(words: list[str]) -> int:
     return 0
 
 
-def open_run(overrides: list[str]) -> tuple["RunConfig", Path]:
-    """Composes the config and freezes it into the run's folder, which is made if need be.
+def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Path]:
+    """Composes the config and freezes it into the run's folder, which is made if the run may be new.
 
     Raises:
-        UserError: the run has checkpoints and a setting that decides what they are has changed.
+        UserError: the run has checkpoints and a setting that decides what they are has changed; or it is not
+            there, and what is asked takes one.
     """
     from configs.compose import compose, config_hash, diff, freeze, is_free_to_change, load, run_dir
+    from eval.suites import require_families
     from ledger import host
     from ledger.record import Ledger
 
     cfg = compose(overrides)
+    require_families(cfg.suite)
     folder = run_dir(cfg)
     frozen = folder / "config.yaml"
+    if not is_new and not frozen.exists():
+        there = ", ".join(sorted(p.name for p in folder.parent.glob("*"))) or "none"
+        raise UserError(
+            f"no run {cfg.name} in {folder.parent}; there: {there}",
+            "training, evaluation and release go on from what `marathon data` prepares",
+            "run `marathon data` with the same arguments, or `marathon run` for all stages",
+        )
     _make_folder(folder)
     changes = diff(load(frozen), cfg) if frozen.exists() else {}
     fixed = {key: change for key, change in changes.items() if not is_free_to_change(key)}
     if fixed and any((folder / "checkpoints").glob("step-*")):
-        told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in fixed.items())
+        told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in list(fixed.items())[:6])
+        told += f"; and {len(fixed) - 6} more" if len(fixed) > 6 else ""
         raise UserError(
             f"run {cfg.name} has checkpoints, and these settings differ from theirs: {told}",
             "what decides weights and order of samples stays as the run began",

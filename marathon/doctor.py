@@ -5,6 +5,7 @@ does not apply here, as a GPU check on a login node, says so and passes.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,13 @@ import torch.distributed as torch_dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from configs.compose import GROUPS, run_dir
+from configs.compose import run_dir
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data.manifest import verify
 from data.pipeline import corpus_dir
 from marathon import placement
-from marathon.outcome import Outcome, Status, does_not_apply, failed, in_job, passed, warned
+from marathon.outcome import Outcome, Status, does_not_apply, failed, passed, warned
 from marathon.plan import checkpoint_bytes, checkpoints_on_disk
 
 DISTRIBUTION = "marathon-llm"
@@ -35,10 +36,7 @@ KNOWN_BAD = (
     ("<0.19.5", "", "scaled gradients and misplaced checkpoints were mended up to 0.19.5"),
 )
 """Ranges of deepspeed and torch that train wrongly without a word, from DeepSpeed's own history of changes."""
-LEAST_SHARED_MEMORY_BYTES = 2**30
-"""Docker gives 64 MiB unless told otherwise; NCCL's buffers and loader workers then die with a bus error."""
-CLOCK_TOLERANCE_S = 2.0
-RENDEZVOUS_TIMEOUT_S = 20
+_ABSENT = "not installed"
 
 
 @dataclass(frozen=True)
@@ -73,86 +71,48 @@ def print_checks(checks: list[Check]) -> int:
     return int(counted["fail"] > 0)
 
 
-def check_python() -> Outcome:
-    """The interpreter's version against the range that the package states."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    try:
-        needed = metadata.metadata(DISTRIBUTION)["Requires-Python"]
-    except metadata.PackageNotFoundError:
-        return warned(version, "install Marathon, so that its ranges are known: pip install --no-deps -e .")
-    if SpecifierSet(needed).contains(version, prereleases=True):
-        return passed(f"{version}, within {needed}")
-    return failed(f"{version}, needs {needed}", "use an interpreter of that range")
-
-
-def check_libraries() -> Outcome:
-    """Every dependency's version against the range that the package states."""
-    try:
-        stated = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return warned(f"{DISTRIBUTION} is not installed", "install it: pip install --no-deps -e .")
-    requirements = [Requirement(line) for line in stated]
-    needed = [r for r in requirements if r.marker is None or r.marker.evaluate()]
-    wrong = [f"{r.name} {_version(r.name)} (needs {r.specifier})" for r in needed if not _fits(r)]
+def check_versions() -> Outcome:
+    """The interpreter and every dependency against the ranges that the package states."""
+    # A cluster's jobs run the checkout itself, in a container that may not know it as a package.
+    if _version(DISTRIBUTION) == _ABSENT:
+        return warned("Marathon is not installed, its ranges are not known", "pip install --no-deps -e .")
+    stated = [f"python{metadata.metadata(DISTRIBUTION)['Requires-Python']}", *(metadata.requires(DISTRIBUTION) or [])]
+    needed = [r for r in map(Requirement, stated) if r.marker is None or r.marker.evaluate()]
+    wrong = [r for r in needed if not _within(_version(r.name), str(r.specifier))]
     if wrong:
-        return failed(", ".join(wrong), f"pip install {' '.join(repr(str(r)) for r in needed if not _fits(r))}")
-    return passed(
-        f"all {len(needed)} within their ranges: torch {_version('torch')}, deepspeed {_version('deepspeed')}"
-    )
+        found = ", ".join(f"{r.name} {_version(r.name)} (needs {r.specifier})" for r in wrong)
+        return failed(found, f"install {', '.join(f'{r.name}{r.specifier}' for r in wrong)}")
+    return passed(f"python {_version('python')} and {len(needed) - 1} libraries, all within their ranges")
 
 
 def check_known_bad() -> Outcome:
     """Pairs of deepspeed and torch that are known to train wrongly."""
     deepspeed, torch_version = _version("deepspeed"), _version("torch")
+    found = f"deepspeed {deepspeed} with torch {torch_version}"
     for deepspeed_range, torch_range, harm in KNOWN_BAD:
         if _within(deepspeed, deepspeed_range) and _within(torch_version, torch_range):
-            return failed(
-                f"deepspeed {deepspeed} with torch {torch_version}: {harm}", "pip install 'deepspeed>=0.19.5'"
-            )
-    return passed(f"deepspeed {deepspeed} with torch {torch_version}: none known")
-
-
-def check_safe_path() -> Outcome:
-    """Whether a folder named like one of our packages could be imported in its place."""
-    if sys.flags.safe_path:
-        return passed("PYTHONSAFEPATH: the current folder is not searched for modules")
-    ours = GROUPS.parent
-    packages = [p.parent.name for p in ours.glob("*/__init__.py")]
-    hiding = [name for name in packages if (Path.cwd() / name).is_dir() and Path.cwd() != ours]
-    if hiding:
-        return failed(f"{Path.cwd()} holds {', '.join(sorted(hiding))}, which hide ours", "export PYTHONSAFEPATH=1")
-    if in_job():
-        return warned("PYTHONSAFEPATH is not set in this job", "export PYTHONSAFEPATH=1 in the job script")
-    return passed("not set; nothing in this folder hides our packages")
+            return failed(f"{found}: {harm}", "pip install 'deepspeed>=0.19.5'")
+    return passed(f"{found}: none known")
 
 
 def check_rendezvous() -> Outcome:
     """Two processes on this machine form a gloo group and sum a number."""
     store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    command = [sys.executable, "-P", "-c", _RENDEZVOUS]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(store.port)], stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    begin, errors = time.monotonic(), []
-    for rank in ranks:
-        try:
-            errors.append(rank.communicate(timeout=RENDEZVOUS_TIMEOUT_S)[1].strip())
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.communicate()
-            errors.append(f"no answer in {RENDEZVOUS_TIMEOUT_S} s")
+    command, begin = [sys.executable, "-P", "-c", _RENDEZVOUS, str(store.port)], time.monotonic()
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [rank.communicate()[1].strip() for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        last_line = next(error for error in errors if error).splitlines()[-1]
-        return failed(
-            f"two gloo processes did not meet: {last_line[:200]}",
-            "GLOO_SOCKET_IFNAME must name an interface of this machine, or be unset; the host name must resolve",
-        )
+        last_line = next(filter(None, errors), "no answer").splitlines()[-1]
+        repair = "GLOO_SOCKET_IFNAME must name an interface of this machine, or be unset; the host name must resolve"
+        return failed(f"two gloo processes did not meet: {last_line[:200]}", repair)
     return passed(f"two gloo processes met and summed in {time.monotonic() - begin:.1f} s")
 
 
 _RENDEZVOUS = """
-import sys, datetime, torch, torch.distributed as dist
-rank, port = map(int, sys.argv[1:])
+import datetime, signal, sys
+port, rank = map(int, sys.argv[1:])
+signal.alarm(20)
+import torch, torch.distributed as dist
 wait = datetime.timedelta(seconds=15)
 store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=wait)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
@@ -172,9 +132,8 @@ def check_scratch(cfg: RunConfig) -> Outcome:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return failed(
-            f"{folder}: {error.strerror}", "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…"
-        )
+        repair = "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…"
+        return failed(f"{folder}: {error.strerror}", repair)
     return passed(f"{folder}: a file was written and removed")
 
 
@@ -201,44 +160,14 @@ def check_corpus(cfg: RunConfig) -> Outcome:
     return passed(f"{folder} is what its manifest says")
 
 
-def check_shared_memory(_: RunConfig) -> Outcome:
-    """Room in /dev/shm."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        return does_not_apply("no /dev/shm")
-    free = shutil.disk_usage(folder).free
-    if free >= LEAST_SHARED_MEMORY_BYTES:
-        return passed(f"{free / 2**30:,.1f} GiB free in /dev/shm")
-    return warned(f"{free / 2**20:,.0f} MiB free in /dev/shm", "start the container with --ipc=host or --shm-size=8g")
-
-
-def check_clock(cfg: RunConfig, now: Callable[[], float] = time.time) -> Outcome:
-    """The clock that stamps files in the scratch folder against this machine's."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=_existing(Path(cfg.cluster.scratch)), prefix=".doctor-") as file:
-            file.write(b"now")
-            file.flush()
-            apart_s = abs(os.stat(file.name).st_mtime - now())
-    except OSError as error:
-        return does_not_apply(f"no file can be written: {error.strerror}")
-    if apart_s <= CLOCK_TOLERANCE_S:
-        return passed(f"files and system agree within {CLOCK_TOLERANCE_S:.0f} s")
-    return warned(
-        f"files are stamped {apart_s:,.0f} s off this machine's clock", "ask the site: its time service is off"
-    )
-
-
 GENERAL: dict[str, Callable[[], Outcome]] = {
-    "python": check_python,
-    "libraries": check_libraries,
+    "versions": check_versions,
     "known bad versions": check_known_bad,
-    "module path": check_safe_path,
     "rendezvous": check_rendezvous,
 }
 CONFIGURED: dict[str, Callable[[RunConfig], Outcome]] = {
     "torch build": placement.check_torch_build,
     "devices": placement.check_devices,
-    "visible devices": placement.check_visible_devices,
     "cores": placement.check_cores,
     "core masks": placement.check_core_masks,
     "threads": placement.check_threads,
@@ -247,25 +176,19 @@ CONFIGURED: dict[str, Callable[[RunConfig], Outcome]] = {
     "scratch": check_scratch,
     "space": check_space,
     "corpus": check_corpus,
-    "shared memory": check_shared_memory,
-    "clock": check_clock,
 }
 
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name)
+        return platform.python_version() if name == "python" else metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _fits(requirement: Requirement) -> bool:
-    return _within(_version(requirement.name), str(requirement.specifier))
+        return _ABSENT
 
 
 def _within(version: str, range_: str) -> bool:
     # Clusters' builds carry names such as 2.10.0a0+git: they count as the release that they lead to.
-    return version != "not installed" and SpecifierSet(range_).contains(version, prereleases=True)
+    return version != _ABSENT and SpecifierSet(range_).contains(version, prereleases=True)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Pieces of the report's HTML. Whatever came from a file passes through `text` and cannot become markup."""
 
-import html
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 from babel import Locale
@@ -9,11 +9,6 @@ from babel import Locale
 from ledger.record import gap
 
 _ENGLISH = Locale("en")
-
-
-def escape(words: str) -> str:
-    """Text for an element or an attribute; control characters, which no document may hold, are replaced."""
-    return html.escape("".join(c if c.isprintable() else " " if c.isspace() else "�" for c in words))
 
 
 def text(value: Any) -> str:
@@ -24,12 +19,12 @@ def text(value: Any) -> str:
 
 def language_name(code: str) -> str:
     """The English name of a BCP-47 code, or the code itself where it has none."""
-    return str(_ENGLISH.languages.get(code.replace("_", "-").split("-")[0], code))
+    return str(_ENGLISH.languages.get(code.split("-")[0], code))
 
 
-def section(anchor: str, title: str, *parts: str) -> str:
+def section(anchor: str, title: str, parts: Iterable[str]) -> str:
     """A part of the page under its heading."""
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>\n' + "\n".join(filter(None, parts)) + "\n</section>"
+    return f'<section id="{anchor}"><h2>{title}</h2>\n' + "\n".join(parts) + "\n</section>"
 
 
 def note(words: str) -> str:
@@ -48,7 +43,7 @@ def facts(rows: Iterable[tuple[str, Any]]) -> str:
     return f'<dl class="facts">{inner}</dl>'
 
 
-def tiles(rows: Iterable[tuple[str, Any, str]]) -> str:
+def tiles(rows: Iterable[tuple[str, str, str]]) -> str:
     """The few numbers that come first: name, value, and a quiet line beneath."""
     inner = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{text(value)}<small>{text(below)}</small></dd></div>"
@@ -67,13 +62,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], n_words: int = 1) 
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
-def hash_digits(value: Any) -> str:
+def hash_digits(value: str) -> str:
     """A hash, cut short to the eye; copying and printing give all of it."""
-    if not isinstance(value, str) or not value or value.startswith("GAP:"):
-        return text(value)
     return f'<code class="hash" title="{escape(value)}">{escape(value)}</code>'
-
-
-def folded(title: str, inner: str) -> str:
-    """Details that open on a click."""
-    return f"<details><summary>{escape(title)}</summary>{inner}</details>"

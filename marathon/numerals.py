@@ -1,58 +1,37 @@
 """Numbers as people read them; a number that is missing or not finite reads `GAP: reason`."""
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 from ledger.record import gap
 
-_LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def as_number(value: Any) -> float | None:
-    """The value as a float, or None where it is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
-    """A decimal number, with a true minus sign; very large and very small ones with an exponent."""
-    if (missing := _missing(value)) is not None:
-        return missing
-    assert value is not None
-    size = abs(value)
-    text = f"{value:,.{digits}f}" if size == 0 or 10**-digits <= size < 1e7 else f"{value:.{digits}e}"
-    return text.replace("-", "−")
+    """A decimal number with a true minus sign."""
+    return _shown(value, lambda v: f"{v:,.{digits}f}")
 
 
 def count(value: float | None) -> str:
     """A whole number: every digit below ten million, three digits and a unit above."""
-    if (missing := _missing(value)) is not None:
-        return missing
-    assert value is not None
-    return short(value) if abs(value) >= 1e7 else f"{value:,.0f}".replace("-", "−")
+    return _shown(value, lambda v: f"{v:,.0f}" if abs(v) < 1e7 else short(v))
 
 
-def short(value: float) -> str:
-    """A number of any size in few characters, for axes: 0.25, 80k, 1.5B."""
-    for unit, suffix in _LARGE:
-        if abs(value) >= unit * 0.9995:
-            scaled = value / unit
-            return (f"{scaled:.3g}" if abs(scaled) < 1000 else f"{scaled:.2e}").replace("-", "−") + suffix
-    return f"{value:.3g}".replace("-", "−")
+def short(value: float | None) -> str:
+    """A number of any size in few characters: 0.25, 80k, 1.5B, 3.2e18."""
+    return _shown(value, _scaled)
 
 
-def power(value: float | None) -> str:
-    """A number as three digits and a power of ten: 9.40 × 10¹²."""
-    if (missing := _missing(value)) is not None:
-        return missing
-    digits, _, exponent = f"{value:.2e}".partition("e")
-    return f"{digits} × 10{str(int(exponent)).translate(_RAISED)}".replace("-", "−")
+def percent(share: float | None, sign: str = "") -> str:
+    """A share of 1 in percent; `sign="+"` for changes."""
+    return _shown(share, lambda v: f"{v * 100:{sign},.1f} %")
+
+
+def change(start: float | None, end: float | None) -> str:
+    """How far `end` lies from `start`, in percent of `start`."""
+    return percent(end / start - 1, "+") if start and end is not None else gap("needs a start and an end")
 
 
 def plural(number: float | None, noun: str) -> str:
@@ -60,35 +39,20 @@ def plural(number: float | None, noun: str) -> str:
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
-def percent(share: float | None, digits: int = 1, signed: bool = False) -> str:
-    """A share of 1 in percent; `signed` for changes."""
-    if (missing := _missing(share)) is not None:
-        return missing
-    assert share is not None
-    return f"{share * 100:{'+' if signed else ''},.{digits}f} %".replace("-", "−")
-
-
-def change(start: float | None, end: float | None) -> str:
-    """How far `end` lies from `start`, in percent of `start`."""
-    if start is None or end is None:
-        return gap("needs a start and an end")
-    if not (math.isfinite(start) and math.isfinite(end)) or start == 0:
-        return gap("no percentage of such numbers")
-    return percent(end / start - 1, signed=True)
-
-
 def moment(seconds: float | None) -> str:
     """Seconds since 1970 as a date and time of day in UTC."""
-    if (missing := _missing(seconds)) is not None:
-        return missing
-    assert seconds is not None
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError):
-        return gap(f"{seconds:g} is no date")
+    return gap("not recorded") if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _missing(value: float | None) -> str | None:
+def _scaled(value: float) -> str:
+    if abs(value) >= 1e15:
+        return f"{value:.3g}".replace("e+", "e")
+    # Half a digit below a unit rounds up to it: 999,960 is 1M.
+    unit, suffix = next((u for u in _UNITS if abs(value) >= u[0] * 0.9995), (1, ""))
+    return f"{value / unit:.3g}{suffix}"
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
     if value is None:
         return gap("not recorded")
-    return None if math.isfinite(value) else gap("not a finite number")
+    return form(value).replace("-", "−") if math.isfinite(value) else gap("not a finite number")

@@ -4,6 +4,8 @@ They read what Slurm and the job script have set for this process. No check know
 nearest cores of a device matter, the node's hardware decides.
 """
 
+import functools
+import operator
 import os
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from marathon.outcome import Outcome, does_not_apply, failed, in_job, passed, wa
 CCD_OF_GCD = (6, 7, 2, 3, 0, 1, 4, 5)
 """Nodes with four MI250X and a 64-core EPYC 7A53: which group of 8 cores is nearest to each of the 8 GCDs; core 0
 of each group belongs to the system (LUMI user guide, "Distribution and binding")."""
+HIDE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 FAST_INTERFACES = ("hsn", "ib")
 """Names of Slingshot and InfiniBand interfaces."""
 
@@ -23,18 +26,16 @@ FAST_INTERFACES = ("hsn", "ib")
 def check_torch_build(cfg: RunConfig) -> Outcome:
     """Whether torch was built for the device that the cluster has."""
     built = "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
-    found, wanted = (
-        f"torch {torch.__version__} for {built}, cluster.device = {cfg.cluster.device.value}",
-        cfg.cluster.device,
-    )
-    if wanted is Device.cpu or wanted.value == built:
+    wanted = cfg.cluster.device
+    found = f"torch {torch.__version__} for {built}, cluster.device = {wanted.value}"
+    if wanted.value in ("cpu", built):
         return passed(found)
     repair = f"start it in the container or environment whose torch is built for {wanted.value}"
     return failed(found, repair) if in_job() else warned(f"{found}; right only outside of jobs", repair)
 
 
 def check_devices(cfg: RunConfig) -> Outcome:
-    """Number of devices that torch sees against cluster.devices_per_node."""
+    """Devices that torch sees against cluster.devices_per_node; a process has to see all of its node's."""
     if cfg.cluster.device is Device.cpu:
         return does_not_apply("cluster.device = cpu")
     seen, wanted = torch.cuda.device_count(), cfg.cluster.devices_per_node
@@ -42,29 +43,12 @@ def check_devices(cfg: RunConfig) -> Outcome:
         return does_not_apply("no device here and no Slurm job, as on a login node")
     if seen == wanted:
         return passed(f"{seen} devices")
-    found = f"{seen} devices, cluster.devices_per_node = {wanted}"
+    hiding = [f"{name}={os.environ[name]}" for name in HIDE_DEVICES if name in os.environ]
+    found = f"{seen} devices, cluster.devices_per_node = {wanted}, {' '.join(hiding) or 'no variable hides any'}"
     if seen > wanted:
         return warned(f"{found}: the others stay idle", f"cluster.devices_per_node={seen}")
-    return failed(found, f"srun --gpus-per-node={wanted}, without --gpus-per-task and --gpu-bind")
-
-
-def check_visible_devices(cfg: RunConfig) -> Outcome:
-    """Variables that hide devices; every process has to see all and takes the one of its local rank."""
-    if cfg.cluster.device is Device.cpu:
-        return does_not_apply("cluster.device = cpu")
-    names = ["CUDA_VISIBLE_DEVICES"]
-    if cfg.cluster.device is Device.rocm:
-        names += ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]
-    held = {name: os.environ[name] for name in names if name in os.environ}
-    if len(held) > 1:
-        told = ", ".join(f"{name}={value}" for name, value in held.items())
-        return failed(f"{told}: the second counts within the first", f"unset {' '.join(list(held)[1:])}")
-    for name, value in held.items():
-        listed = [entry for entry in value.split(",") if entry.strip()]
-        if len(listed) < cfg.cluster.devices_per_node:
-            found = f"{name}={value!r} shows {len(listed)} of {cfg.cluster.devices_per_node} devices"
-            return failed(found, f"unset {name}; a process finds its device by its local rank")
-    return passed(", ".join(f"{name}={value}" for name, value in held.items()) or "none set: all devices visible")
+    repair = f"srun --gpus-per-node={wanted}, without --gpus-per-task and --gpu-bind"
+    return failed(found, f"{repair}; unset {' '.join(HIDE_DEVICES)}")
 
 
 def check_cores(cfg: RunConfig) -> Outcome:
@@ -88,17 +72,16 @@ def check_core_masks(cfg: RunConfig) -> Outcome:
         return does_not_apply("Slurm binds no cores here")
     if not _is_task_of_one_device(cfg):
         return does_not_apply("one task serves all devices of the node")
-    try:
-        masks = [_mask(entry, os.environ.get("SLURM_CPU_BIND_TYPE", "")) for entry in listed.split(",")]
-    except ValueError:
+    if not os.environ.get("SLURM_CPU_BIND_TYPE", "").startswith("mask_cpu"):
         return warned(f"SLURM_CPU_BIND_LIST={listed} is no list of masks", "bind with --cpu-bind=mask_cpu:…")
-    n_devices, nearest = cfg.cluster.devices_per_node, _nearest_masks(cfg)
-    repair = "srun --cpu-bind=mask_cpu:" + (
-        ",".join(map(hex, nearest)) if nearest else "one mask a device, none shared"
-    )
+    masks = [int(entry, 16) for entry in listed.split(",")]
+    n_devices = cfg.cluster.devices_per_node
+    is_known = cfg.cluster.device is Device.rocm and n_devices == len(CCD_OF_GCD)
+    nearest = [0xFE << 8 * ccd for ccd in CCD_OF_GCD] if is_known else []
+    repair = f"srun --cpu-bind=mask_cpu:{','.join(map(hex, nearest)) or 'one mask a device, none shared'}"
     if len(masks) != n_devices:
         return failed(f"{len(masks)} masks for {n_devices} devices", repair)
-    if sum(mask.bit_count() for mask in masks) != _union(masks).bit_count():
+    if sum(mask.bit_count() for mask in masks) != functools.reduce(operator.or_, masks).bit_count():
         return failed(f"masks share cores: {listed}", repair)
     if small := [n for n, mask in enumerate(masks) if mask.bit_count() < cfg.cluster.cpus_per_device]:
         return failed(f"masks of local ranks {small} have fewer than {cfg.cluster.cpus_per_device} cores", repair)
@@ -141,12 +124,12 @@ def check_interfaces(cfg: RunConfig, net: Path = Path("/sys/class/net")) -> Outc
     if not given:
         found = f"NCCL_SOCKET_IFNAME is not set, this node has {', '.join(fast)}"
         return failed(found, repair) if in_job() else warned(found, repair)
-    wanted = [name.strip() for name in given.lstrip("^=").split(",")]
-    named = [name for name in there if any(name == w if given[0] == "=" else name.startswith(w) for w in wanted)]
-    chosen = [name for name in there if name not in named] if given[0] == "^" else named
+    if given[0] in "^=":
+        return passed(f"NCCL_SOCKET_IFNAME={given}, which is not compared with this node's")
+    chosen = [name for name in there if name.startswith(tuple(given.split(",")))]
     if not chosen:
         return failed(f"NCCL_SOCKET_IFNAME={given} is none of {', '.join(there)}", repair)
-    if not any(name in fast for name in chosen):
+    if not set(fast) & set(chosen):
         return warned(f"NCCL_SOCKET_IFNAME={given} leaves out {', '.join(fast)}", repair)
     return passed(f"NCCL_SOCKET_IFNAME={given}")
 
@@ -154,20 +137,3 @@ def check_interfaces(cfg: RunConfig, net: Path = Path("/sys/class/net")) -> Outc
 def _is_task_of_one_device(cfg: RunConfig) -> bool:
     """Whether srun started this process as one of as many as there are devices."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0")) >= cfg.cluster.world_size
-
-
-def _mask(entry: str, kind: str) -> int:
-    return 1 << int(entry) if kind.startswith("map_cpu") else int(entry, 16)
-
-
-def _nearest_masks(cfg: RunConfig) -> list[int]:
-    if cfg.cluster.device is Device.rocm and cfg.cluster.devices_per_node == len(CCD_OF_GCD):
-        return [0xFE << 8 * ccd for ccd in CCD_OF_GCD]
-    return []
-
-
-def _union(masks: list[int]) -> int:
-    union = 0
-    for mask in masks:
-        union |= mask
-    return union

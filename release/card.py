@@ -26,8 +26,8 @@ def write_card(cfg: RunConfig, run_dir: Path, checkpoint_sha256: str, folder: Pa
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."\ntokenizer = AutoTokenizer.from_pretrained(folder)\n'
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        'prompt = tokenizer("Alle Menschen", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))\n```\n\n"
+        'prompt = tokenizer("1. ", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0], skip_special_tokens=True))\n```\n\n"
         "A base model: it continues text. It has not been trained to follow instructions or to refuse any.",
         _data(facts),
         _training(cfg, facts, checkpoint_sha256),
@@ -46,7 +46,7 @@ def _head(cfg: RunConfig, facts: dict[str, dict[str, Any]]) -> str:
             "---",
             "language:",
             *(f"- {language}" for language in languages),
-            f"license: {cfg.release.licence}",
+            *([f"license: {cfg.release.licence}"] if cfg.release.licence else []),
             "library_name: transformers",
             "pipeline_tag: text-generation",
             "tags:",
@@ -62,7 +62,7 @@ def _summary(cfg: RunConfig, facts: dict[str, dict[str, Any]]) -> str:
     tokens = facts["train_end"].get("tokens")
     rows = [
         ("provider", cfg.release.provider or gap("release.provider was not given")),
-        ("licence of the weights", cfg.release.licence),
+        ("licence of the weights", cfg.release.licence or gap("release.licence was not given")),
         ("parameters", f"{parameters:,}" if parameters else gap("the ledger has no start of a training")),
         ("architecture", "decoder: RMSNorm, RoPE, grouped queries, QK-norm, SwiGLU (`Qwen3ForCausalLM`)"),
         ("context length", f"{cfg.train.seq_len:,} tokens"),
@@ -107,7 +107,7 @@ def _training(cfg: RunConfig, facts: dict[str, dict[str, Any]], checkpoint_sha25
             f"{cfg.train.tokens_per_step:,} tokens a step",
         ),
         ("precision", f"{cfg.engine.precision.value}, gradients accumulated in fp32, ZeRO-{cfg.engine.zero_stage}"),
-        ("devices", f"{start.get('world_size', '?')} x {start.get('device', gap('not recorded'))}"),
+        ("processes", f"{start.get('world_size', '?')}, each on {start.get('device', gap('not recorded'))}"),
         ("operations", f"{end['flops']:.3g} FLOPs" if "flops" in end else gap("the training has not ended")),
         ("device-hours", f"{end['device_hours']:.3g}" if "device_hours" in end else gap("the training has not ended")),
         ("energy", str(end.get("energy_kwh", gap("not recorded")))),
@@ -133,9 +133,11 @@ def _results(evaluation: dict[str, Any] | None) -> str:
         [
             "## Evaluation",
             f"Bits per byte on held-out documents, window {evaluation['window']} tokens, with 95 % intervals of a "
-            "bootstrap over documents. Lower is better; languages are not comparable with each other.",
+            "bootstrap over documents. Lower is better. Between languages they mean little: letters differ in bytes.",
             _table(("language", "bits per byte", "95 % interval", "documents"), languages),
-            "Tasks, zero-shot, by log-likelihood.",
+            "Tasks, zero-shot, by log-likelihood, generated from CLDR. `agreement`: which form of a unit follows a "
+            "number; each pair is asked in both directions, so a model that does not look at the number scores one "
+            "half. `countries`: the name of a country in the language, out of four. Hungarian has no agreement.",
             _table(("task", "accuracy", "standard error", "chance", "items"), tasks)
             if tasks
             else gap("none was asked"),

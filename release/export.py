@@ -43,7 +43,6 @@ def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Pa
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
-        "max_length": cfg.train.seq_len,
     }
     _write_json(folder / "generation_config.json", generation)
     for name in TOKENIZER_FILES:

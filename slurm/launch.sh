@@ -45,10 +45,21 @@ front_door() {
 }
 
 check_experiment() {
-    local override
+    local override found=
     for override in "$@"; do
-        [[ $override != experiment=?* ]] || return 0
+        case $override in
+        experiment=*)
+            found=${override#experiment=}
+            [ -f "$MARATHON_HOME/configs/experiment/$found.yaml" ] || stop "$override" \
+                "an experiment is a file configs/experiment/NAME.yaml" "experiment= one of $(experiments)" ;;
+        cluster="$cluster") ;;
+        cluster=*) stop "$override in slurm/$cluster.sh" "each cluster has its own script" \
+            "leave it out, or submit slurm/${override#cluster=}.sh" ;;
+        -*) stop "$override behind a setting" "options of sbatch stand before the settings of the run" \
+            "slurm/$cluster.sh $override … experiment=…" ;;
+        esac
     done
+    [ -z "$found" ] || return 0
     stop "no experiment among the arguments: ${*:-none}" "a run is described by an experiment" \
         "slurm/$cluster.sh --account=PROJECT experiment= one of $(experiments)"
 }

@@ -44,6 +44,8 @@ def test_every_choice_of_every_group_fits_the_schema(group):
     ("overrides", "found", "rule_or_repair"),
     [
         ([], "no experiment", "smoke"),
+        (["experiment smoke"], "experiment smoke", "SETTING=VALUE"),
+        (["optim.lrr=1"], "optim.lrr", "did you mean optim.lr"),
         (["experiment=nope"], "experiment=nope", "experiment= one of eu24_1b"),
         (["corpus=nope"], "corpus=nope", "corpus= one of fineweb2_eu24, udhr"),
         (["+model.typo=1"], "typo", "no such field"),
@@ -95,6 +97,21 @@ def test_a_hub_dataset_needs_its_commit():
     with pytest.raises(UserError, match="hub_revision"):
         compose(["experiment=smoke", *hub])
     compose(["experiment=smoke", *hub, "corpus.sources.udhr.hub_revision=abc"])
+
+
+def test_weights_of_languages_need_no_plus_sign():
+    cfg = compose(["experiment=smoke", "mixture.rule=weights", "mixture.weights={fi:0.6,sv:0.4}"])
+    assert cfg.mixture.weights == {"fi": 0.6, "sv": 0.4}
+
+
+def test_a_file_that_is_no_yaml_is_named():
+    broken = GROUPS / "corpus" / "broken_by_a_test.yaml"
+    broken.write_text("sources:\n\tx: 1\n")
+    try:
+        with pytest.raises(UserError, match="files in configs/ are YAML"):
+            compose(["experiment=smoke", "corpus=broken_by_a_test"])
+    finally:
+        broken.unlink()
 
 
 def test_a_setting_without_a_value_is_named():

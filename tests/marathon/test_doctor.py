@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -71,9 +69,9 @@ def test_this_machine_is_ready_for_the_smoke_run(tmp_path: Path, capsys: pytest.
 
 
 def test_without_an_experiment_only_general_checks_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "GENERAL", {"python": doctor.check_python})
+    monkeypatch.setattr(doctor, "GENERAL", {"versions": doctor.check_versions})
     checks = run_doctor(None)
-    assert checks[0].found.startswith(sys.version.split()[0])
+    assert sys.version.split()[0] in checks[0].found
     assert all(c.status == "pass" and c.found.startswith("not applicable") for c in checks[1:])
     assert len(checks) == 1 + len(doctor.CONFIGURED)
 
@@ -86,18 +84,23 @@ def test_a_failed_check_gives_exit_status_1_and_shows_its_repair(capsys: pytest.
 
 
 def test_a_library_out_of_range_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert doctor.check_libraries()[0] == "pass"
+    assert doctor.check_versions()[0] == "pass"
     install(tmp_path, "transformers", "4.57.0")
     monkeypatch.syspath_prepend(tmp_path)
-    status, found, repair = doctor.check_libraries()
+    status, found, repair = doctor.check_versions()
     assert status == "fail" and "transformers 4.57.0" in found and "transformers" in repair
     assert "torch" not in found
+
+
+def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "marathon-that-is-not-there")
+    assert doctor.check_versions()[0] == "warn"
 
 
 def test_a_clusters_own_build_is_within_range(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(tmp_path, "torch", "2.10.0a0+git1234.rocm7.0")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor.check_libraries()[0] == "pass"
+    assert doctor.check_versions()[0] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -117,22 +120,6 @@ def test_known_bad_pairs(
     monkeypatch.syspath_prepend(tmp_path)
     status, found, _ = doctor.check_known_bad()
     assert (status, harm in found) == ("fail" if harm else "pass", True)
-
-
-def test_a_folder_that_hides_our_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert doctor.check_safe_path()[0] == "pass"
-    (tmp_path / "data").mkdir()
-    status, found, repair = doctor.check_safe_path()
-    assert status == "fail" and "hold" in found and "data" in found and "PYTHONSAFEPATH" in repair
-
-
-def test_a_job_is_asked_for_a_safe_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert doctor.check_safe_path()[0] == "warn"
-    safe = [sys.executable, "-P", "-c", "from marathon.doctor import check_safe_path; print(check_safe_path()[0])"]
-    assert subprocess.run(safe, capture_output=True, text=True, check=True).stdout.strip() == "pass"
 
 
 def test_rendezvous_through_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,33 +146,10 @@ def test_devices_are_not_asked_for_on_a_login_node_but_in_a_job(
     if torch.cuda.device_count() == 0:
         assert placement.check_devices(lumi)[0] == "pass"
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "3")
     status, found, repair = placement.check_devices(lumi)
-    assert status == "fail" and f"{torch.cuda.device_count()} devices" in found and "--gpus-per-node" in repair
-
-
-@pytest.mark.parametrize(
-    ("variables", "status"),
-    [
-        ({}, "pass"),
-        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "pass"),
-        ({"ROCR_VISIBLE_DEVICES": "3"}, "fail"),
-        ({"HIP_VISIBLE_DEVICES": ""}, "fail"),
-        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "HIP_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "fail"),
-    ],
-)
-def test_visible_devices(
-    monkeypatch: pytest.MonkeyPatch, lumi: RunConfig, variables: dict[str, str], status: str
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert placement.check_visible_devices(lumi)[0] == status
-
-
-def test_rocm_variables_do_not_matter_to_cuda(monkeypatch: pytest.MonkeyPatch, leonardo: RunConfig) -> None:
-    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0")
-    assert placement.check_visible_devices(leonardo)[0] == "pass"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert placement.check_visible_devices(leonardo)[0] == "fail"
+    assert status == "fail" and f"{torch.cuda.device_count()} devices" in found and "ROCR_VISIBLE_DEVICES=3" in found
+    assert "--gpus-per-node" in repair
 
 
 def test_cores(monkeypatch: pytest.MonkeyPatch, lumi: RunConfig) -> None:
@@ -222,8 +186,7 @@ def test_a_task_of_one_device_needs_cores_for_itself_only(monkeypatch: pytest.Mo
         (",".join(["0xfe"] * 8), "mask_cpu:", "fail", "share cores"),
         (LUMI_MASKS.replace("fe", "7e"), "mask_cpu:", "fail", "fewer than 7"),
         (LUMI_MASKS.rsplit(",", 1)[0], "mask_cpu:", "fail", "7 masks for 8"),
-        ("49,57,17,25,1,9,33,41", "map_cpu:", "fail", "fewer than 7"),
-        ("HT", "mask_cpu:", "warn", "no list of masks"),
+        ("49,57,17,25,1,9,33,41", "map_cpu:", "warn", "no list of masks"),
     ],
 )
 def test_core_masks(
@@ -274,9 +237,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, smoke: RunConfig) -> None:
         (["lo", "hsn0", "hsn1"], None, "fail"),
         (["lo", "hsn0", "hsn1"], "ib0", "fail"),
         (["lo", "eth0", "ib0"], "eth0", "warn"),
-        (["lo", "eth0", "ib0"], "^lo,eth", "pass"),
-        (["lo", "eth0", "ib0"], "^ib", "warn"),
-        (["lo", "eth0", "ib0"], "=ib", "fail"),
+        (["lo", "eth0", "ib0"], "^lo", "pass"),
         (["lo", "eth0"], None, "pass"),
     ],
 )
@@ -335,20 +296,3 @@ def test_a_flipped_byte_in_a_prepared_corpus_is_found(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     status, found, _ = doctor.check_corpus(cfg)
     assert status == "fail" and str(shard) in found
-
-
-def test_shared_memory(monkeypatch: pytest.MonkeyPatch, smoke: RunConfig) -> None:
-    monkeypatch.setattr(doctor, "LEAST_SHARED_MEMORY_BYTES", 1)
-    assert doctor.check_shared_memory(smoke)[0] == "pass"
-    monkeypatch.setattr(doctor, "LEAST_SHARED_MEMORY_BYTES", 2**60)
-    assert doctor.check_shared_memory(smoke)[0] == "warn"
-
-
-def test_clock(tmp_path: Path) -> None:
-    cfg = with_scratch(tmp_path)
-    assert doctor.check_clock(cfg)[0] == "pass"
-    assert doctor.check_clock(cfg, now=lambda: time.time() + 3600)[:2] == (
-        "warn",
-        "files are stamped 3,600 s off this machine's clock",
-    )
-    assert doctor.check_clock(with_scratch(Path("/proc/marathon")))[1].startswith("not applicable")

@@ -3,19 +3,20 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.compose import compose, freeze
 from configs.errors import UserError
-from marathon.charts import Interval, Line, axis, bar, dot_plot, line_chart, thinned
-from marathon.numerals import change, count, fixed, moment, percent, power, short
+from marathon.charts import Interval, Line, axis, bar, dot_plot, line_chart
+from marathon.numerals import change, count, fixed, moment, percent, short
 from marathon.report import write_report
 from marathon.runfiles import read_run
 
@@ -57,6 +58,7 @@ def evaluation(step: int, codes: list[str]) -> dict[str, Any]:
         "bpb": dict.fromkeys(codes, entry),
         "bpb_mean": 2.25,
         "tasks": {f"agreement_{code}": task for code in codes},
+        "families": {"agreement": {"acc": 0.5625, "chance": 0.5, "languages": len(codes)}},
     }
 
 
@@ -78,11 +80,11 @@ def full_run(tmp_path: Path) -> Path:
     ledger = [
         {"event": "frozen", "time": 0.0, "config_hash": "c0ffee" * 10, "software": {"torch": "2.13.0"}, "commit": "ab" * 20},
         {"event": "corpus", "time": 1.0, "corpus_hash": "de" * 32, "documents": 720, "tokens": 5000, "bytes": 15000, "licences": ["CC0-1.0"]},
-        {"event": "mixture", "time": 2.0, "rows": [{"language": c, "available_tokens": 400, "share": 1 / 3, "tokens": 800, "epochs": 2.0, "capped": c == "mt"} for c in codes]},
-        {"event": "train_start", "time": 3.0, "step": 0, "tokens": 0, "world_size": 2, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "peak_tflops": 0.11, "peak_source": "measured", "flops_per_token": 9.56e6, "container": "GAP: no container announced itself"},
+        {"event": "mixture", "time": 2.0, "rows": [{"language": c, "available_tokens": 400, "share": 1 / 3, "tokens": 800, "epochs": 2.0, "cap": "capped" if c == "mt" else ""} for c in codes]},
+        {"event": "train_start", "time": 3.0, "step": 0, "tokens": 0, "world_size": 2, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "peak_tflops": 0.11, "peak_source": "measured", "flops_per_token": 9.56e6, "container": "GAP: no container announced itself"},
         {"event": "checkpoint", "time": 4.0, "name": "step-20", "step": 20, "tokens": 2000, "sha256": "12" * 32, "order_hash": "34" * 32},
         {"event": "changed", "time": 5.0, "settings": {"cluster.devices_per_node": ["2", "1"]}},
-        {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "world_size": 1, "parameters": 1314944},
+        {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "world_size": 1, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "container": "GAP: no container announced itself"},
         {"event": "train_end", "time": 7.0, "steps": 40, "tokens": 4000, "flops": 9.4e12, "device_hours": 0.06, "energy_kwh": "GAP: no meter"},
     ]  # fmt: skip
     metrics = [valid_line(0, {"de": 4.81, "fr": 5.12, "mt": 6.03})]
@@ -140,8 +142,7 @@ def read_page(run_dir: Path) -> Page:
     for drawing in drawings(html):
         ET.fromstring(drawing)
     assert all(a.startswith(("#", "data:")) for a in page.addresses), page.addresses
-    style_and_script = "".join(re.findall(r"<style>.*?</style>|<script>.*?</script>", html, re.DOTALL))
-    assert not re.search(r"https?:|url\(|@import|fetch\(|import\(", style_and_script)
+    assert not re.search(r"https?:|url\(|@import", html) and "<script" not in html
     assert "default-src 'none'" in html
     assert not re.search(r'="[^"]*\b(nan|inf)\b', html), "a drawing holds a number that is none"
     assert not re.search(r">\s*(nan|inf|None)\s*<", html)
@@ -155,26 +156,23 @@ def test_full_run_shows_its_facts(full_run: Path) -> None:
         "1,314,944",
         "4.81 → 1.62", "5.12 → 1.71", "6.03 → 2.45", "−66.3 %", "−66.6 %", "−59.4 %",
         "2.11 to 2.39", "German", "Maltese",
-        "41.4 %", "0.11 TFLOP/s", "9.56 × 10⁶", "9.40 × 10¹²", "0.06 device-hours",
+        "41.4 %", "0.11 TFLOP/s", "9.56M", "9.4T", "0.06 device-hours",
         "12" * 32, "34" * 32, "ab" * 20, "c0ffee" * 10, "de" * 32,
-        "CC0-1.0", "33.3 %", "2.00 (cap)",
-        "0.562 ± 0.124", "agreement (chance 0.5)",
-        "Training resumed at step 20 on 1 device", "cluster.devices_per_node from 2 to 1",
+        "CC0-1.0", "33.3 %", "2.00 capped",
+        "0.562 ± 0.072 (chance 0.5)",
+        "Training starts at step 20, world size 1", "cluster.devices_per_node from 2 to 1",
         "GAP: no meter", "GAP: no container announced itself", "torch", "EPYC",
     ):  # fmt: skip
         assert fact in text, fact
 
 
-def test_licences_of_sources(tmp_path: Path) -> None:
-    sources = {"a": {"licence": "CC0-1.0"}, "b": {"licence": "ODC-By-1.0"}, "c": {"licence": "CC0-1.0"}}
-    run = write_run(tmp_path, ledger=[{"event": "corpus", "time": 1.0, "sources": sources}])
-    assert "CC0-1.0, ODC-By-1.0" in read_page(run).text
-
-
 def test_no_path_of_the_machine_is_shown(full_run: Path) -> None:
     with (full_run / "ledger.jsonl").open("a") as file:
-        file.write(json.dumps({"event": "release", "time": 9.0, "path": str(full_run / "release")}) + "\n")
-    assert "Released to release" in read_page(full_run).text
+        file.write(
+            json.dumps({"event": "release", "time": 9.0, "checkpoint": "step-40", "path": str(full_run / "release")})
+            + "\n"
+        )
+    assert "Released step-40" in read_page(full_run).text
     assert str(full_run) not in write_report(full_run).read_text()
 
 
@@ -183,7 +181,7 @@ def test_state_is_read_from_the_ledger(full_run: Path) -> None:
     lines = (full_run / "ledger.jsonl").read_text().splitlines()
     (full_run / "ledger.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     page = read_page(full_run).text
-    assert "a run, at step 40" in page and "GAP: recorded when training ends" in page
+    assert "a run, at step 40" in page and "GAP: not recorded yet" in page
 
 
 def test_config_gives_name_and_settings(full_run: Path) -> None:
@@ -240,18 +238,13 @@ def test_what_is_not_finite_is_told(tmp_path: Path) -> None:
     ]
     metrics += [train_line(40), valid_line(40, {"de": math.nan, "fr": 2.0})]
     text = read_page(write_run(tmp_path, metrics)).text
-    assert "Not finite at step 20, 30" in text
+    assert "Not finite, and not drawn, at step 20, 30" in text
     assert "4.00 → GAP: not a finite number" in text and "4.00 → 2.00" in text
 
 
 def test_one_validation_claims_no_change(tmp_path: Path) -> None:
     text = read_page(write_run(tmp_path, [valid_line(0, {"de": 4.0})])).text
-    assert (
-        "4.00 → 4.00" in text
-        and "GAP: one validation only" in text
-        and "0.0 %" not in text
-        and "since step 0" not in text
-    )
+    assert "4.00 → 4.00" in text and "GAP: needs a start and an end" in text and "0.0 %" not in text
 
 
 def test_a_start_that_was_not_measured_is_a_gap(tmp_path: Path) -> None:
@@ -278,86 +271,69 @@ def test_46_languages_each_have_start_end_and_interval(tmp_path: Path) -> None:
 def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>\"'&"
     ledger = [
-        {"event": "train_start", "time": 1, "step": 5, "hardware": {bad: [bad]}, "container": bad, "peak_source": bad},
-        {"event": "frozen", "commit": bad, "config_hash": bad, "software": {bad: bad}},
-        {"event": "checkpoint", "name": bad, "sha256": bad},
+        {"event": "frozen", "commit": bad, "config_hash": bad},
+        {
+            "event": "train_start",
+            "step": 5,
+            "hardware": {bad: bad},
+            "software": {bad: bad},
+            "container": bad,
+            "peak_source": bad,
+        },
+        {"event": "checkpoint", "name": bad, "sha256": bad, "order_hash": bad, "step": 5, "tokens": 1},
         {"event": "mixture", "rows": [{"language": bad, "share": 1.0}]},
         {"event": "changed", "settings": {bad: [bad, bad]}},
-        {"event": bad, bad: bad},
+        {"event": "train_stop", "reason": bad},
     ]
     metrics = [valid_line(0, {bad: 3.0, "de": 3.0}), valid_line(9, {bad: 2.0, "de": 2.0})]
-    run = write_run(tmp_path, metrics, ledger, [evaluation(9, [bad])])
+    run = write_run(tmp_path, metrics, [{"time": 1.0, **record} for record in ledger], [evaluation(9, [bad])])
     page = read_page(run)
     assert "<script>alert" not in write_report(run).read_text() and bad in page.text
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-numbers = st.floats() | st.none() | st.integers()
-values = st.dictionaries(st.sampled_from(["de", "fr", "sr-Latn", "<b>"]), numbers, max_size=4)
-metric_lines = st.fixed_dictionaries(
-    {"kind": st.sampled_from(["train", "valid"]), "step": st.integers(0, 50)},
-    optional={"tokens": numbers, "loss": numbers, "lr": numbers, "mfu": numbers, "bpb": values, "consumed": values, "bpb_mean": numbers},
-)  # fmt: skip
-events = st.sampled_from(
-    ["frozen", "corpus", "mixture", "train_start", "checkpoint", "train_end", "changed", "stage", "x"]
-)
-keys = st.sampled_from(
-    ["step", "tokens", "rows", "settings", "hardware", "software", "flops", "steps", "name", "sha256"]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kept=st.tuples(st.floats(0, 1), st.floats(0, 1)), is_evaluated=st.booleans())
+def test_files_cut_anywhere_give_a_whole_page(full_run: Path, kept: tuple[float, float], is_evaluated: bool) -> None:
+    beside = full_run.with_name("cut")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(full_run, beside, ignore=None if is_evaluated else shutil.ignore_patterns("eval"))
+    for name, share in zip(("metrics.jsonl", "ledger.jsonl"), kept, strict=True):
+        whole = (full_run / name).read_bytes()
+        (beside / name).write_bytes(whole[: round(len(whole) * share)])
+    read_page(beside)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    metrics=st.lists(metric_lines | anything, max_size=8),
-    ledger=st.lists(st.builds(lambda e, t, f: {"event": e, "time": t, **f}, events, numbers, st.dictionaries(keys, anything, max_size=4)) | anything, max_size=6),
-    evaluations=st.lists(st.fixed_dictionaries({}, optional={"step": numbers, "bpb": anything | st.dictionaries(st.sampled_from(["de", "fr"]), values | st.just({"bpb": 1.0, "low": 0.9, "high": 1.1})), "tasks": anything | st.just({"a_de": {"acc": 0.5}})}) | anything, max_size=3),
-)  # fmt: skip
-def test_any_folder_gives_a_whole_page(
-    tmp_path_factory: pytest.TempPathFactory, metrics: list[Any], ledger: list[Any], evaluations: list[Any]
-) -> None:
-    read_page(write_run(tmp_path_factory.mktemp("run"), metrics, ledger, evaluations, tail='{"kind": "tr'))
-
-
-@given(st.lists(st.floats(), max_size=6), st.booleans(), st.booleans())
-def test_an_axis_holds_its_values(values: list[float], from_zero: bool, rounded: bool) -> None:
-    found = axis(values, from_zero=from_zero, rounded=rounded)
-    drawable = [v for v in values if math.isfinite(v) and abs(v) < 1e200]
-    slack = 1e-6
-    assert all(-slack <= found.share(v) <= 1 + slack for v in [*drawable, *found.ticks])
+@given(st.lists(st.floats(width=32), max_size=6), st.booleans())
+def test_an_axis_holds_its_values(values: list[float], from_zero: bool) -> None:
+    found = axis(values, from_zero=from_zero)
+    for value in (*filter(math.isfinite, values), *found.ticks):
+        assert -0.001 <= found.down(value, 1) <= 1.001
     assert len(found.ticks) <= 14
 
 
 def test_axes_have_round_numbers() -> None:
     assert axis([0, 983_040]).ticks == (0, 200_000, 400_000, 600_000, 800_000)
-    assert axis([2.8, 8.1], rounded=True).ticks == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert axis([2.8, 8.1], from_zero=False).ticks == (3, 4, 5, 6, 7, 8)
+    assert axis([0.0, 0.0]).ticks[-1] == 1
     assert axis([]).ticks[0] == 0
 
 
-def test_thinning_keeps_the_spike() -> None:
+def test_a_long_line_is_thinned_and_keeps_its_spike_and_its_end() -> None:
     points = [(float(n), 1.0) for n in range(10_000)]
-    points[7_321] = (7_321.0, 99.0)
-    points[500] = (500.0, math.nan)
-    kept = thinned(points)
-    assert (7_321.0, 99.0) in kept and len(kept) < 700 and any(math.isnan(v) for _, v in kept)
-    assert [at for at, _ in kept] == sorted(at for at, _ in kept)
-
-
-def test_a_hole_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
-    line = Line("loss", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 2.0)])
-    drawing = line_chart("loss", [line], axis([0, 3]), axis([1, 2]))
-    path = re.search(r' d="([^"]+)"', drawing)
-    assert path and path[1].count("M") == 2 and path[1].count("L") == 1 and path[1].endswith("h0")
+    points[7_321], points[500] = (7_321.0, 5.0), (500.0, math.nan)
+    drawing = line_chart("loss", [Line(points)], axis([0, 10_000]), axis([0, 5]))
+    path = re.search(r' d="M([^"]+)"', drawing)
+    assert path
+    places = [tuple(map(float, place.split())) for place in path[1].split("L")]
+    assert len(places) < 700 and places == sorted(places) and places[-1][0] == 999.9
+    assert (732.1, 0.0) in places and "nan" not in drawing
 
 
 def test_dot_plot_and_bar_survive_gaps() -> None:
-    rows = [Interval("de", math.nan, math.nan, math.nan, "GAP", None), Interval("fr", 0.5, 0.4, math.inf, "0.5", 0.25)]
+    rows = [Interval("de", math.nan, math.nan, math.nan, "GAP"), Interval("fr", 0.5, 0.4, 0.6, "0.5", 0.25)]
     drawing = dot_plot("accuracy", rows, axis([0, 1]))
-    assert drawing.count("<circle") == 1 and drawing.count('class="interval"') == 0
-    assert 'width="0.00%"' in bar(None, None, 0.0) and 'width="50.00%"' in bar(0.2, math.nan, 0.4)
+    assert drawing.count("<circle") == drawing.count('class="interval"') == 1
+    assert "<rect" not in bar(None, None, 0.0) and 'width="50.00%"' in bar(0.2, None, 0.4)
 
 
 def test_numbers_read_as_people_write_them() -> None:
@@ -365,5 +341,5 @@ def test_numbers_read_as_people_write_them() -> None:
     assert (short(80_000), short(0.25), short(999_960)) == ("80k", "0.25", "1M")
     assert (fixed(-0.5), fixed(math.nan)) == ("−0.50", "GAP: not a finite number")
     assert (percent(0.4137), change(4.0, 1.0), change(0.0, 1.0)[:3]) == ("41.4 %", "−75.0 %", "GAP")
-    assert power(9.4e-12) == "9.40 × 10⁻¹²"
-    assert moment(1_764_000_000) == "2025-11-24 16:00 UTC" and moment(1e30).startswith("GAP")
+    assert (short(3.19e18), short(9.4e12), short(0.0), short(-1500.0)) == ("3.19e18", "9.4T", "0", "−1.5k")
+    assert moment(1_764_000_000) == "2025-11-24 16:00 UTC" and moment(None).startswith("GAP")

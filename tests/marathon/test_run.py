@@ -129,6 +129,17 @@ def test_a_run_under_signals_ends_bit_by_bit_as_the_other(finished, marathon):
     assert last["progress"]["consumed"] == expected["progress"]["consumed"]
 
 
+def test_what_is_mistyped_leaves_no_run_behind(marathon):
+    status, output = marathon("eval", *SMALL, "name=wohle")
+    assert status == 1
+    assert "whole" in output
+    assert not (marathon.scratch / "runs" / "wohle").exists()
+    status, output = marathon("run", *SMALL, "name=other", "suite.tasks=[agreemnt]")
+    assert status == 1
+    assert "agreemnt" in output
+    assert not (marathon.scratch / "runs" / "other").exists()
+
+
 def test_settings_that_decide_the_weights_stay_as_they_began(finished, marathon):
     status, output = marathon("train", *SMALL, "name=whole", "optim.lr=1e-3")
     assert status == 1
