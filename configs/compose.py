@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.checks import check
+from configs.enums import SourceFormat
 from configs.errors import UserError
 from configs.schema import RunConfig
 
@@ -71,7 +72,8 @@ def compose(overrides: list[str]) -> RunConfig:
     with _readable_errors(overrides):
         cfg = _onto_schema(OmegaConf.to_container(composed, resolve=True))
     for source in cfg.corpus.sources.values():
-        source.path = _absolute(source.path)
+        if source.format is not SourceFormat.hub or os.path.exists(source.path):
+            source.path = _absolute(source.path)
     cfg.tokenizer.path = _absolute(cfg.tokenizer.path)
     cfg.cluster.scratch = os.path.abspath(cfg.cluster.scratch)
     check(cfg)
@@ -145,8 +147,8 @@ def _onto_schema(container: Any) -> RunConfig:
 
 
 def _absolute(path: str) -> str:
-    """A path that means the same from any folder; packaged files, hub ids and empty strings stay."""
-    if not path or path.startswith("package:") or not (os.path.exists(path) or path.startswith((".", "/", "~"))):
+    """A path that means the same from any folder; packaged files and empty strings stay."""
+    if not path or path.startswith("package:"):
         return path
     return os.path.abspath(os.path.expanduser(path))
 

@@ -28,7 +28,7 @@ MAX_LINE_BYTES = 1 << 28
 """256 MiB. A longer line is a whole JSON array taken for JSON lines, and would fill the memory."""
 
 _REPAIRS = {
-    errno.ENOENT: "correct the path; `package:…` is for files shipped with Marathon",
+    errno.ENOENT: "correct the path; docs/own-text.md tells how to bring or fetch text",
     errno.ENOTDIR: "correct the path: a part of it is a file, not a folder",
     errno.EACCES: "chmod a+rX, or run as a user who may read it",
     errno.ELOOP: "a symbolic link points to itself: remove it",

@@ -73,7 +73,9 @@ def evaluations(run: RunFiles) -> list[str]:
     return [
         note(
             f"Newest evaluated checkpoint: {newest['checkpoint']}. Lines are 95 % intervals: of bits per byte by a "
-            f"bootstrap over documents, of accuracy {_Z} standard errors to either side. The upright stroke is chance."
+            f"bootstrap over documents, of accuracy {_Z} standard errors to either side. The upright stroke is chance. "
+            "agreement asks which form of a unit follows a number, each pair in both directions: a model that does not "
+            "look at the number scores one half. countries asks for a country's name in the language, out of four."
         ),
         f'<div class="pair">{"".join(plots)}</div>',
         "<h3>By checkpoint</h3>",
@@ -99,7 +101,10 @@ def checkpoints(run: RunFiles) -> list[str]:
         for name, record in newest.items()
     ]
     return [
-        note("sha256 is of the weights; the order hash is of the ids of all samples consumed so far, in their order."),
+        note(
+            "sha256 is of the manifest, which holds the hash of every file; the order hash is of all samples consumed "
+            "so far, with their positions."
+        ),
         markup.table(["Name", "Step", "Tokens", "sha256", "Order hash", "Written"], rows),
     ]
 

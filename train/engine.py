@@ -6,6 +6,8 @@ Fragments go through `_hp_mapping`, DeepSpeed's own link from a parameter to its
 partition; ZeRO-1 in fp32, ZeRO-2, and the BF16_Optimizer that stands behind ZeRO-1 in bf16 all keep it.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -76,12 +78,13 @@ class Engine:
         self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, shape: StepShape, rank: Rank
     ) -> None:
         self.decoder = decoder.to(rank.device)
-        self.engine, *_ = deepspeed.initialize(
-            model=NextTokenLoss(self.decoder),
-            optimizer=adamw(self.decoder, optim),
-            config=deepspeed_config(engine, optim, shape, rank.world_size),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
+            self.engine, *_ = deepspeed.initialize(
+                model=NextTokenLoss(self.decoder),
+                optimizer=adamw(self.decoder, optim),
+                config=deepspeed_config(engine, optim, shape, rank.world_size),
+                dist_init_required=False,
+            )
         self.rank = rank
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
