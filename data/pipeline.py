@@ -89,7 +89,7 @@ def documents(cfg: RunConfig, quarantine: Quarantine) -> Iterator[Document]:
 def language_table(manifest: Manifest) -> str:
     """Training documents, tokens and bytes per token by language, as text."""
     facts = manifest.facts()
-    lines = [f"{'language':<10}{'documents':>12}{'held out':>10}{'tokens':>18}{'bytes/token':>13}"]
+    lines = [f"{'language':<10}{'train docs':>12}{'held out':>10}{'tokens':>18}{'bytes/token':>13}"]
     for lang in manifest.languages(TRAIN):
         counts, n_held_out = facts["languages"][lang], sum(s.n_docs for s in manifest.shards_of(lang, VALID))
         columns = f"{counts['documents']:>12,}{n_held_out:>10,}{counts['tokens']:>18,}"
@@ -182,10 +182,11 @@ def _require_text_in_every_language(cfg: RunConfig, n_docs: Counter[tuple[str, s
     if wanted and not lacking:
         return
     others: Counter[str] = sum(quarantine.other_languages.values(), Counter())
-    counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in lacking or wanted)
+    counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
+    found = ", ".join(f"{lang} {n}" for lang, n in others.most_common(5))
     raise UserError(
-        f"documents for training + validation: {counts or 'none at all'}; "
-        f"read {quarantine.n_read.total()}, in other languages {dict(others.most_common(5)) or 0}",
+        f"{quarantine.n_read.total()} records in {', '.join(cfg.corpus.sources)}; documents for training + validation: "
+        f"{counts or 'none at all'}{' …' if len(lacking) > 5 else ''}; in other languages: {found or 'none'}",
         "every language of a corpus has documents to train on and documents held out",
         "add a source, take the language out of corpus.languages, or change corpus.holdout.share",
     )

@@ -154,7 +154,7 @@ def _read_parquet(source: SourceConfig, online: bool) -> Iterator[Record]:
             raise UserError(
                 f"{path}: {error} (row group {group}, after {row} rows)",
                 "a source is read whole or not at all",
-                "fetch or write the file again",
+                "fetch or write the file again, or correct the format of the source",
             ) from None
 
 

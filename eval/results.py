@@ -4,6 +4,7 @@ A result belongs to an identity: these weights, this suite, these held-out docum
 same it is not computed again.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -43,14 +44,27 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result beside its place, forces it to disk, and puts it there."""
+    """Writes a result beside its place, forces it to disk, and puts it there.
+
+    A result of another suite, corpus or checkpoint that stands there is kept, under eval/earlier.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:
         json.dump(result, file, ensure_ascii=False, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    if earlier := read_result(path):
+        kept = path.parent / "earlier" / f"{path.stem}-{_identity_hash(earlier)}.json"
+        kept.parent.mkdir(exist_ok=True)
+        kept.unlink(missing_ok=True)
+        os.link(path, kept)
     os.replace(beside, path)
+
+
+def _identity_hash(result: dict[str, Any]) -> str:
+    named = [str(result.get(name)) for name in Identity.__dataclass_fields__]
+    return hashlib.sha256(" ".join(named).encode()).hexdigest()[:8]
 
 
 def family_means(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

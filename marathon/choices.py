@@ -42,6 +42,8 @@ def list_choices() -> str:
 def complete_words(words: list[str]) -> list[str]:
     """What may stand in place of the last of `words`, the command and the word begun."""
     command, begun = [*words, "", ""][:2]
+    if command == "completion":
+        return [shell for shell in SCRIPTS if shell.startswith(begun)]
     if len(words) < 2 or command == begun:
         return [name for name in COMMANDS if name.startswith(command)]
     group, equals, value = begun.partition("=")
@@ -55,7 +57,7 @@ def completion_script(shell: str) -> str:
     """The script for a shell; raises `UserError` for one that is not known."""
     if shell not in SCRIPTS:
         raise UserError(
-            f"completion for {shell or 'no shell'}", f"the shells are {', '.join(SCRIPTS)}", "completion bash"
+            f"completion for {shell or 'no shell'}", f"the shells are {', '.join(SCRIPTS)}", "marathon completion bash"
         )
     return SCRIPTS[shell]
 

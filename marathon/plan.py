@@ -74,7 +74,7 @@ def plan_text(cfg: RunConfig) -> str:
     memory = device_memory(cfg)
     lines = [
         f"run           {cfg.name} on {cfg.cluster.name}: "
-        f"{cfg.cluster.nodes} nodes x {cfg.cluster.devices_per_node} devices",
+        f"{cfg.cluster.world_size} devices, {cfg.cluster.devices_per_node} a node",
         f"parameters    {parameters:,} ({parameters - rows * cfg.model.d_model:,} without the input embedding)",
         f"tokens        {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.tokens_per_step:,} "
         f"({tokens / parameters:.1f} a parameter)",

@@ -18,8 +18,8 @@ class StepShape:
 
     def __str__(self) -> str:
         return (
-            f"{self.seqs_per_step} sequences a step = {self.accumulation_steps} micro steps x "
-            f"{self.micro_batch_seqs} sequences x {self.seqs_per_step // self.seqs_per_device} devices"
+            f"{self.seqs_per_step} sequences a step = {self.micro_batch_seqs} a forward pass x "
+            f"{self.accumulation_steps} accumulated x {self.seqs_per_step // self.seqs_per_device} devices"
         )
 
     @property

@@ -195,10 +195,10 @@ def test_bad_records_are_counted_in_the_manifest_and_told(
 @pytest.mark.parametrize(
     ("lines", "languages", "said"),
     [
-        ([], [], "none at all; read 0"),
-        (documents(40), ["de", "fr"], r"fr 0 \+ 0; read 40"),
-        (documents(40), ["fr"], r"fr 0 \+ 0; read 40, in other languages {'de': 40}"),
-        (documents(1), [], r"de [01] \+ [01]; read 1"),
+        ([], [], "0 records in small; documents for training .* none at all"),
+        (documents(40), ["de", "fr"], r"40 records .* fr 0 \+ 0; in other languages: none"),
+        (documents(40), ["fr"], r"fr 0 \+ 0; in other languages: de 40"),
+        (documents(1), [], r"1 records .* de [01] \+ [01]; "),
     ],
 )
 def test_a_language_without_documents_stops_the_stage(

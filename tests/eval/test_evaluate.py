@@ -118,6 +118,7 @@ def test_only_what_has_changed_is_evaluated_again(cfg, run_dir, documents, token
     corpus_hash = "c1"
     other_documents = written()
     assert all(other_documents[step] != other_weights[step] for step in ("00", "60"))
+    assert len(list((run_dir / "eval" / "earlier").iterdir())) == 3, "nothing that was measured is lost"
 
     (run_dir / "ledger.jsonl").unlink()  # as if a kill had come between a result and its line
     assert written() == other_documents
