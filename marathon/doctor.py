@@ -1,7 +1,7 @@
 """Is this machine ready? Each check says what it found and, where something is wrong, how to mend it.
 
 A check looks at the real thing: it writes a file, opens a process group, asks the installed packages. What
-does not apply here, as a GPU check on a login node, says so and passes.
+does not apply here, as a GPU check on a login node, says so and is skipped.
 """
 
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -66,8 +67,8 @@ def print_checks(checks: list[Check]) -> int:
         print(f"{check.status}  {check.name:<{width}}  {check.found}")
         if check.repair:
             print(f"{'':<{width + 6}}  repair: {check.repair}")
-    counted = {status: sum(check.status == status for check in checks) for status in ("pass", "warn", "fail")}
-    print(f"{counted['pass']} pass, {counted['warn']} warn, {counted['fail']} fail")
+    counted = Counter(check.status for check in checks)
+    print(", ".join(f"{counted[status]} {status}" for status in ("pass", "warn", "fail", "skip")))
     return int(counted["fail"] > 0)
 
 

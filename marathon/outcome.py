@@ -3,7 +3,7 @@
 import os
 from typing import Literal
 
-Status = Literal["pass", "warn", "fail"]
+Status = Literal["pass", "warn", "fail", "skip"]
 Outcome = tuple[Status, str, str]
 """Status, what was found, how to mend it."""
 
@@ -25,7 +25,7 @@ def failed(found: str, repair: str) -> Outcome:
 
 def does_not_apply(why: str) -> Outcome:
     """There is nothing here to look at."""
-    return "pass", f"not applicable: {why}", ""
+    return "skip", f"not applicable: {why}", ""
 
 
 def in_job() -> bool:
