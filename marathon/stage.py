@@ -32,9 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{stage}: {STAGES[stage].help}", flush=True)
         status = RUN_STAGE[stage](cfg, run_dir)
         if status == 0 and is_first:
-            outputs = OUTPUTS[stage](cfg, run_dir)
-            # Read again: an evaluated checkpoint or a prepared corpus is an input of what comes next, not of this.
-            mark_done(stage, inputs, run_dir, outputs)
+            mark_done(stage, inputs, run_dir, OUTPUTS[stage](cfg, run_dir))
         if is_first:
             _write_report(run_dir)
     except UserError as error:

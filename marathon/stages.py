@@ -69,9 +69,9 @@ def is_done(stage: str, inputs: dict[str, Any], run_dir: Path) -> bool:
     return record is not None and record["inputs"] == inputs and all(Path(p).exists() for p in record["outputs"])
 
 
-def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[Path], **facts: Any) -> None:
+def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[Path]) -> None:
     """Records a stage with what it was given and what it left."""
-    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=[str(p) for p in outputs], **facts)
+    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=[str(p) for p in outputs])
 
 
 def prepared_corpus(run_dir: Path) -> dict[str, Any]:
