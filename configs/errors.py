@@ -28,5 +28,5 @@ class SeveralUserErrors(UserError):
     """Several `UserError`s reported at once."""
 
     def __init__(self, errors: list[UserError]) -> None:
-        self.errors = errors
+        self.errors, self.found = errors, "; ".join(e.found for e in errors)
         Exception.__init__(self, "\n".join(str(e) for e in errors))

@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first:
             _write_report(run_dir)
     except UserError as error:
-        if is_first:
-            print(f"error in {stage}: {error}", file=sys.stderr, flush=True)
+        # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
+        told = f"error in {stage}: {error}" if is_first else f"[rank {_rank()}] {error.found}"
+        print(told, file=sys.stderr, flush=True)
         return 1
     return status
 

@@ -3,12 +3,12 @@
 What nobody recorded stands there as GAP with its reason: an empty cell would read as "none".
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
+from eval.results import read_results
 from ledger.record import Ledger, gap
 
 
@@ -146,8 +146,8 @@ def _results(evaluation: dict[str, Any] | None) -> str:
 
 
 def _last_evaluation(run_dir: Path) -> dict[str, Any] | None:
-    files = sorted((run_dir / "eval").glob("step-*.json"))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+    results = read_results(run_dir)
+    return results[-1] if results else None
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,6 +1,8 @@
 """The loop, top to bottom: forward and backward, step, then four visible ifs: log, validate, save, stop."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,7 @@ def train(job: Job) -> bool:
         grad_norm = job.engine.step(lr)
         progress.step += 1
         progress.tokens += cfg.tokens_per_step
+        progress.flops += cfg.tokens_per_step * job.flops_per_token
         job.metrics.terminal.advance()
         check_finite(progress.step, grad_norm)
 
@@ -82,14 +85,13 @@ def train(job: Job) -> bool:
         save = last or stop or progress.step % cfg.save_every_steps == 0
         if validate or save:
             consumed.sum_over_ranks()
-        if validate:
-            _validate(job)
-        if save:
-            _save(job)
+            with window.paused():
+                if validate:
+                    _validate(job)
+                if save:
+                    _save(job)
         if stop and not last:
             return False
-        if validate or save:
-            window.restart()
     return True
 
 
@@ -114,7 +116,7 @@ class Consumed:
 
 
 class Window:
-    """Sums since the last line of metrics; validating and saving are not counted as stepping."""
+    """Sums since the last line of metrics, with a clock that stands while the loop validates and saves."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -124,7 +126,15 @@ class Window:
     def restart(self) -> None:
         """Begins a new window here and now."""
         self.counts.zero_()
-        self.first_step, self.begin_s = self.job.progress.step, time.perf_counter()
+        self.first_step, self.stepping_s = self.job.progress.step, 0.0
+        self.since_s = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what has been counted, and leaves out the time of what is done inside."""
+        self._read_clock()
+        yield
+        self.since_s = time.perf_counter()
 
     def add(self, nats_and_labels: torch.Tensor) -> None:
         """Takes the counts of a micro batch without waiting for the device."""
@@ -133,26 +143,29 @@ class Window:
     def log(self, lr: float, grad_norm: float) -> None:
         """Writes the line of this window and begins the next."""
         job, progress = self.job, self.job.progress
+        self._read_clock()
         nats, labels = job.rank.sum(self.counts.tolist())
         steps = progress.step - self.first_step
-        elapsed_s = time.perf_counter() - self.begin_s
-        tokens = steps * job.cfg.train.tokens_per_step
-        loss, tokens_per_s = nats / labels, tokens / elapsed_s
-        progress.flops += tokens * job.flops_per_token
-        progress.device_s += elapsed_s * job.rank.world_size
+        tokens_per_s = steps * job.cfg.train.tokens_per_step / self.stepping_s
         job.metrics.write(
             "train",
             progress.step,
             progress.tokens,
-            loss=loss,
+            loss=nats / labels,
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_s=tokens_per_s,
             mfu=job.flops_per_token * tokens_per_s / (job.rank.world_size * job.peak_flops),
             memory_gib=job.rank.max(memory_gib(job.rank.device)),
-            step_s=elapsed_s / steps,
+            step_s=self.stepping_s / steps,
         )
         self.restart()
+
+    def _read_clock(self) -> None:
+        now_s = time.perf_counter()
+        self.stepping_s += now_s - self.since_s
+        self.job.progress.device_s += (now_s - self.since_s) * self.job.rank.world_size
+        self.since_s = now_s
 
 
 def _validate(job: Job) -> None:

@@ -10,7 +10,7 @@ import pytest
 SMALL = (
     "experiment=smoke",
     "train.tokens=32768",
-    "train.log_every_steps=1",
+    "train.log_every_steps=3",
     "train.validate_every_steps=4",
     "train.save_every_steps=4",
     "schedule.warmup_steps=1",

@@ -31,6 +31,19 @@ def test_a_run_leaves_what_the_house_plan_says(finished):
     assert {"corpus", "mixture", "train_start", "checkpoint", "train_end", "evaluation", "release"} <= set(events)
 
 
+def test_the_ledger_counts_every_step_whatever_the_rhythm_of_lines_and_checkpoints(finished):
+    run_dir, _ = finished
+    start, end = (Ledger(run_dir).last(event) for event in ("train_start", "train_end"))
+    assert end["flops"] == 8 * 4096 * start["flops_per_token"]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    stepping_s = sum(line["step_s"] * steps for line, steps in zip(lines, (3, 3, 2), strict=True))
+    # Between the last line and its checkpoint there is a moment that no line tells of.
+    assert end["device_hours"] == pytest.approx(2 * stepping_s / 3600, rel=0.01)
+    assert lines[1]["tokens_per_s"] == pytest.approx(4096 / lines[1]["step_s"])
+
+
 def test_what_is_complete_is_skipped_and_a_changed_input_runs_again(finished, marathon):
     run_dir, _ = finished
     before = (run_dir / "ledger.jsonl").read_text()
@@ -97,14 +110,14 @@ def test_a_run_under_signals_ends_bit_by_bit_as_the_other(finished, marathon):
     whole, _ = finished
     run_dir = marathon.scratch / "runs" / "killed"
 
-    asked = marathon.start("train", *SMALL, "name=killed")
+    asked = marathon.start("train", *SMALL, "name=killed", "train.log_every_steps=1")
     # The data stage is the other run's: the corpus is shared, this run has yet to hear of it.
     output, _ = asked.communicate(timeout=120)
     assert asked.returncode == 1
     assert "run `marathon data`" in output
-    assert marathon("data", *SMALL, "name=killed")[0] == 0
+    assert marathon("data", *SMALL, "name=killed", "train.log_every_steps=1")[0] == 0
 
-    asked = marathon.start("train", *SMALL, "name=killed", "log.wandb=offline")
+    asked = marathon.start("train", *SMALL, "name=killed", "train.log_every_steps=1", "log.wandb=offline")
     wait_for(lambda: steps_logged(run_dir) >= 1)
     asked.send_signal(signal.SIGTERM)
     output, _ = asked.communicate(timeout=120)
@@ -114,13 +127,13 @@ def test_a_run_under_signals_ends_bit_by_bit_as_the_other(finished, marathon):
     assert 1 <= stopped_at < 8
     assert list(run_dir.glob("logs/wandb/offline-run-*/*.wandb")), "asked for, and without network"
 
-    killed = marathon.start("train", *SMALL, "name=killed")
+    killed = marathon.start("train", *SMALL, "name=killed", "train.log_every_steps=1")
     wait_for(lambda: steps_logged(run_dir) > stopped_at)
     os.kill(children(killed.pid)[-1], signal.SIGKILL)
     output, _ = killed.communicate(timeout=120)
     assert killed.returncode not in (0, 75), output
 
-    status, output = marathon("train", *SMALL, "name=killed")
+    status, output = marathon("train", *SMALL, "name=killed", "train.log_every_steps=1")
     assert status == 0, output
     assert "resuming at step" in output
     last, expected = (read_manifest(list_checkpoints(run)[-1]) for run in (run_dir, whole))
