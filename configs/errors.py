@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 
+EXIT_MISTAKE = 78
+"""Exit status of a process that has told such an error: starting it again would not help (EX_CONFIG of sysexits.h)."""
+
 
 class UserError(Exception):
     """Something the user can mend: what was found, the rule it breaks, and the repair.
 
-    The command prints it without a traceback and exits with status 1. Raise it before anything
-    expensive starts; anything that is not the user's to mend should stay an ordinary exception.
+    It is printed without a traceback. Raise it before anything expensive starts; anything that is not the user's
+    to mend should stay an ordinary exception.
     """
 
     def __init__(self, found: str, rule: str, repair: str) -> None:

@@ -9,115 +9,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from configs.enums import Device, MixtureRule, Precision, ScheduleName, SourceFormat, WandbMode
+from configs.enums import Device, Precision, ScheduleName, WandbMode
 from configs.rules import require, require_positive, require_share
-
-
-@dataclass
-class SourceConfig:
-    """One source of documents."""
-
-    format: SourceFormat = MISSING
-    """jsonl (plain, .gz, .zst), parquet, text (a document a file), or hub (Hugging Face datasets)."""
-    path: str = MISSING
-    """File, folder or glob; `package:…` is a file shipped with Marathon; for hub a folder or a hub id."""
-    licence: str = MISSING
-    """SPDX identifier, or LicenseRef-…; carried to the shards and the model card."""
-    origin: str = MISSING
-    """Where the text comes from: a citation or an address, for the model card."""
-    lang: str = ""
-    """BCP-47 code of every document here; empty: each document names its own in `lang_field`."""
-    lang_field: str = "lang"
-    """Field of a record that holds the language."""
-    text_field: str = "text"
-    """Field of a record that holds the text."""
-    id_field: str = "id"
-    """Field of a record that holds a stable id; where it is absent, file and row number serve."""
-    hub_config: str = ""
-    """Configuration name of a Hugging Face dataset, often the language."""
-    hub_split: str = "train"
-    """Split of a Hugging Face dataset."""
-    hub_revision: str = ""
-    """Commit of a hub dataset: required for a hub id, since a branch can change under a run."""
-
-
-@dataclass
-class HoldoutConfig:
-    """Which documents are kept out of training, for validation."""
-
-    by_field: str = ""
-    """Field of a record whose value decides; empty: a share of documents by the hash of their id."""
-    by_values: list[int] = field(default_factory=list)
-    """Documents whose `by_field` has one of these values are held out."""
-    share: float = 0.0
-    """Share of documents held out by the hash of their id, where no `by_field` is given."""
-    max_docs_per_language: int = 1000
-    """Validation reads at most so many documents a language, the first by hash of their id."""
-
-    def __post_init__(self) -> None:
-        require_share("corpus.holdout", share=self.share)
-        require(
-            bool(self.by_field) == bool(self.by_values),
-            f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}",
-            "a field needs values, and values need a field",
-            "corpus.holdout.by_field=article 'corpus.holdout.by_values=[5,12]', or only corpus.holdout.share",
-        )
-
-
-@dataclass
-class CorpusConfig:
-    """Text in: the sources and what is kept of them."""
-
-    sources: dict[str, SourceConfig] = MISSING
-    """Sources by name."""
-    languages: list[str] = field(default_factory=list)
-    """Languages to keep (BCP-47); empty: all that occur."""
-    holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
-    """Documents kept for validation."""
-    max_bad_share: float = 0.01
-    """Share of a source's records that may be quarantined before the stage stops."""
-
-    def __post_init__(self) -> None:
-        require_share("corpus", max_bad_share=self.max_bad_share)
-
-
-@dataclass
-class TokenizerConfig:
-    """sentencepiece BPE, trained on the corpus unless a path is given."""
-
-    path: str = ""
-    """A `tokenizer.model` of sentencepiece to use as it is; empty: train one."""
-    vocab_size: int = MISSING
-    """Entries of the vocabulary, specials and 256 bytes included."""
-    character_coverage: float = 0.9999
-    """Share of characters that get an entry of their own; the rest is spelled in bytes."""
-    language_alpha: float = 1.0
-    """Languages weigh by bytes ** alpha when training: 1 natural, 0 all alike."""
-
-    def __post_init__(self) -> None:
-        require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
-        found, rule = f"tokenizer.vocab_size = {self.vocab_size}", "bytes and specials take 260, it must be above 300"
-        require(self.vocab_size > 300, found, rule, "4096 for a smoke run, 131072 for 24 languages")
-
-
-@dataclass
-class MixtureConfig:
-    """How often each language is seen."""
-
-    rule: MixtureRule = MixtureRule.temperature
-    """weights: as given; temperature: tokens ** alpha; unimax: even, with a cap on epochs."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Share by language, for the rule `weights`; normalised to 1."""
-    alpha: float = 1.0
-    """Exponent of the rule `temperature`: 1 natural, 0 all alike."""
-    max_epochs: float = 4.0
-    """No language is seen more often than this; UniMax gives what it would have had to the others."""
-    allow_more_epochs: bool = False
-    """Go on, with a warning, where a rule overspends `max_epochs`."""
-
-    def __post_init__(self) -> None:
-        require_share("mixture", alpha=self.alpha)
-        require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
+from configs.text import CorpusConfig, MixtureConfig, TokenizerConfig
 
 
 @dataclass
@@ -212,22 +106,25 @@ class EngineConfig:
     """DeepSpeed."""
 
     zero_stage: int = MISSING
-    """1 shards the optimizer; 2 shards gradients too."""
+    """1 shards the optimizer; 2 shards gradients too; 3 shards weights too."""
     precision: Precision = MISSING
     """bf16 computes in bf16 over fp32 master weights; gradients are accumulated in fp32 in both."""
     comm_precision: Precision = Precision.fp32
-    """Format of gradients in the all-reduce. fp32 is the reference: ZeRO 1 and 2 then agree bit by bit."""
+    """Format of gradients in the all-reduce. fp32 is the reference: ZeRO stages then agree bit by bit."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first step then takes a minute or more."""
     bucket_elements: int = 100_000_000
     """Gradients travel in buckets of so many numbers; 1e8 in fp32 is 400 MB."""
     timeout_s: int = 1800
-    """A collective that waits longer fails the job instead of hanging it."""
+    """A step, or the time between two validation passes, that takes longer is a hang: every rank writes its stacks to
+    RUN/logs and ends, so that the job starts again. Collectives wait a little longer than that."""
 
     def __post_init__(self) -> None:
         require(
-            self.zero_stage in (1, 2),
+            self.zero_stage in (1, 2, 3),
             f"engine.zero_stage = {self.zero_stage}",
-            "1 and 2 are supported: weights stay whole on every device",
-            "engine.zero_stage=1 for small models, 2 from about 1.5B parameters",
+            "1, 2 and 3 are supported",
+            "engine.zero_stage=1 for small models, 2 from about 1.5B parameters, 3 where weights do not fit whole",
         )
         require_positive("engine", bucket_elements=self.bucket_elements, timeout_s=self.timeout_s)
 
@@ -250,6 +147,11 @@ class TrainConfig:
     """A checkpoint is written, besides step 0 and the last step."""
     keep_checkpoints: int = 0
     """Keep the newest so many besides step 0; 0 keeps all."""
+    keep_every_steps: int = 0
+    """With `keep_checkpoints`: keep those at multiples of this for good; 0 keeps none of them."""
+    self_test: bool = True
+    """Before the first step of a layout (devices, stage, precision): compare the engine's gradient of two small
+    batches with that of one process in fp32."""
     log_every_steps: int = 10
     """A line of metrics."""
     loader_workers: int = 0
@@ -288,6 +190,30 @@ class TrainConfig:
     def seqs_per_step(self) -> int:
         """Sequences in one optimizer step over all devices."""
         return self.tokens_per_step // self.seq_len
+
+
+@dataclass
+class FaultConfig:
+    """What the loop does about bad numbers."""
+
+    max_skipped_in_a_row: int = 5
+    """Steps with a gradient that is not finite are left out; after more than so many in a row the run stops."""
+    spike_window_steps: int = 128
+    """A loss is compared with so many before it, once half of them are there; 0: spikes are not looked for."""
+    spike_sigmas: float = 8.0
+    """A spike is a loss so many robust standard deviations (1.4826 x MAD, 2 % of the median at least) above the
+    median of the window."""
+    spike_skip_steps: int = 2
+    """After a spike, the run goes back to the last checkpoint and leaves out the samples of so many steps: the
+    spike's own and those just before it."""
+    max_rewinds: int = 8
+    """A run that has gone back so often stops at the next spike."""
+
+    def __post_init__(self) -> None:
+        require_positive("faults", spike_sigmas=self.spike_sigmas, spike_skip_steps=self.spike_skip_steps)
+        for name in ("max_skipped_in_a_row", "spike_window_steps", "max_rewinds"):
+            value = getattr(self, name)
+            require(value >= 0, f"faults.{name} = {value}", "cannot be negative", "0 or more")
 
 
 @dataclass
@@ -388,6 +314,8 @@ class RunConfig:
     """DeepSpeed."""
     train: TrainConfig = MISSING
     """How much is trained, in what portions."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """What is done about bad numbers."""
     suite: SuiteConfig = MISSING
     """What checkpoints are asked."""
     release: ReleaseConfig = field(default_factory=ReleaseConfig)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.schema import HoldoutConfig
+from configs.text import HoldoutConfig
 from data.manifest import TRAIN, VALID, Manifest
 from data.shards import Shard, read_sidecar
 from data.sources import Document

@@ -6,13 +6,14 @@ Nothing in it depends on where the corpus stands or when it was made.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from data.files import sha256, write_whole
-from data.shards import SUFFIXES
+from data.shards import damaged
 
 MANIFEST = "manifest.json"
 TRAIN, VALID = "train", "valid"
@@ -73,14 +74,17 @@ class Manifest:
 
     @classmethod
     def load(cls, corpus_dir: Path) -> "Manifest":
-        """Reads the manifest of a prepared corpus; raises `UserError` where there is none."""
+        """Reads the manifest of a prepared corpus; raises `UserError` where there is none or it is damaged."""
         path = corpus_dir / MANIFEST
         if not path.is_file():
             raise UserError(f"{path} is not there", "a corpus is prepared before it is used", "marathon data")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found["shards"] = [ShardEntry(**s) for s in found["shards"]]
-        found["tokenizer"] = TokenizerEntry(**found["tokenizer"])
-        return cls(**found)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found["shards"] = [ShardEntry(**s) for s in found["shards"]]
+            found["tokenizer"] = TokenizerEntry(**found["tokenizer"])
+            return cls(**found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(f"{path}: {error}") from error
 
     def save(self, corpus_dir: Path) -> None:
         """Writes `manifest.json`; a corpus with a manifest is complete."""
@@ -132,19 +136,52 @@ class Manifest:
         return dict(sorted(total.items()))
 
 
+def marks(corpus_dir: Path) -> dict[str, list[int]]:
+    """Size in bytes and time of change in ns of each file of a corpus, by name below `corpus_dir`.
+
+    Raises one `UserError` that names the files that are missing or cannot be reached.
+    """
+    found, missing = {}, []
+    for name in _hashes(corpus_dir):
+        try:
+            info = (corpus_dir / name).stat()
+            found[name] = [info.st_size, info.st_mtime_ns]
+        except OSError as error:
+            missing.append(f"{name}: {error.strerror}")
+    if missing:
+        raise damaged(f"{len(missing)} of {len(missing) + len(found)} files in {corpus_dir}: {_first(missing)}")
+    return found
+
+
+def verify_files(corpus_dir: Path, names: Iterable[str]) -> None:
+    """Reads these files again; raises one `UserError` that names those that are not what the manifest says."""
+    known, changed = _hashes(corpus_dir), []
+    for name in names:
+        try:
+            if (found := sha256(corpus_dir / name)) != known[name]:
+                changed.append(f"{corpus_dir / name}: its sha256 is {found}, the manifest says {known[name]}")
+        except UserError as error:
+            changed.append(error.found)
+    if changed:
+        raise damaged(_first(changed))
+
+
 def verify(corpus_dir: Path) -> None:
-    """Reads every file again; raises `UserError` that names the first one whose hash has changed."""
+    """Every file is there and is what the manifest says; raises `UserError` that names those that are not."""
+    verify_files(corpus_dir, marks(corpus_dir))
+
+
+def _hashes(corpus_dir: Path) -> dict[str, str]:
     manifest = Manifest.load(corpus_dir)
-    files = {f"tokenizer/{name}": known for name, known in manifest.tokenizer.sha256.items()}
+    hashes = {f"tokenizer/{name}": known for name, known in manifest.tokenizer.sha256.items()}
     for shard in manifest.shards:
-        files |= {shard.stem + suffix: shard.sha256[suffix] for suffix in SUFFIXES}
-    for name, known in files.items():
-        if sha256(corpus_dir / name) != known:
-            raise UserError(
-                f"{corpus_dir / name} is not what the manifest says: its sha256 has changed",
-                "training reads exactly the bytes that were prepared",
-                f"remove {corpus_dir} and prepare it again",
-            )
+        hashes |= {shard.stem + suffix: known for suffix, known in shard.sha256.items()}
+    return hashes
+
+
+def _first(complaints: list[str]) -> str:
+    more = [f"and {len(complaints) - 3} more"] if len(complaints) > 3 else []
+    return "; ".join(complaints[:3] + more)
 
 
 def _counts(shards: list[ShardEntry]) -> dict[str, int]:

@@ -4,12 +4,15 @@ Languages are interleaved in a cycle of 2**18 positions that holds each language
 spread. The o-th visit to a language of n sequences is in epoch o // n, and within an epoch a keyed
 permutation, computed and not stored, visits every sequence once. So ranks, workers and restarts cannot
 change the order, and starting at any position costs the same.
+
+Shares may change in mid-run: a further `Phase` begins a cycle anew at its first position, every language goes on with
+the visit at which it stood, and all earlier positions stay what they were.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,9 +33,19 @@ class Stream:
 
     language: str
     n_sequences: int
-    share: float
     content_hash: str
     """Hash of its tokens: part of every sample id, so that other text is another sample."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Shares of the languages from a position on; goes through JSON unchanged."""
+
+    from_position: int
+    shares: dict[str, float]
+    """By language; one without a share is not drawn."""
+    visits: dict[str, int]
+    """Sequences of each language drawn before `from_position`; none in the first phase."""
 
 
 class Located(NamedTuple):
@@ -48,33 +61,48 @@ class Located(NamedTuple):
 
 
 class Order:
-    """The order of all samples of a run."""
+    """The order of all samples of a run; raises `ValueError` where `phases` do not follow one another from 0 on."""
 
-    def __init__(self, streams: Sequence[Stream], seed: int) -> None:
+    def __init__(self, streams: Sequence[Stream], seed: int, phases: Sequence[Phase]) -> None:
+        starts = [phase.from_position for phase in phases]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError(f"phases begin at 0, and each after the one before; these begin at {starts}")
         self.languages = [s.language for s in streams]
-        self._slots = _slots([s.share for s in streams])
         self._n = np.array([s.n_sequences for s in streams], np.uint64)
         self._keys = np.array([_hash64(f"order/{seed}/{s.language}") for s in streams], np.uint64)
         self._identities = np.array([_hash64(f"sample/{s.language}/{s.content_hash}") for s in streams], np.uint64)
-        self._pattern, self._rank = _interleave(self._slots, self._keys)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that the order is made of: two orders alike in it are alike at every position."""
-        parts = [",".join(self.languages).encode(), *(a.tobytes() for a in (self._slots, self._n, self._keys))]
-        return hashlib.sha256(b"/".join([*parts, self._identities.tobytes()])).hexdigest()
+        # One row a phase, and one column a language or a position of the cycle.
+        self._starts = np.array(starts, np.uint64)
+        self._visits = np.array([[phase.visits.get(lang, 0) for lang in self.languages] for phase in phases], np.uint64)
+        self._slots = np.stack([_slots([phase.shares.get(lang, 0.0) for lang in self.languages]) for phase in phases])
+        cycles = [_interleave(slots, self._keys) for slots in self._slots]
+        self._pattern = np.stack([pattern for pattern, _ in cycles])
+        self._rank = np.stack([rank for _, rank in cycles])
 
     def locate(self, positions: ArrayLike) -> Located:
         """The samples at `positions`, an array of whole numbers from 0."""
         i = np.asarray(positions, np.uint64)
-        cycle, r = i // np.uint64(CYCLE), i % np.uint64(CYCLE)
-        language = self._pattern[r].astype(np.int64)
+        phase, cycle, r = self._place(i)
+        language = self._pattern[phase, r].astype(np.int64)
         n = self._n[language]
-        ordinal = cycle * self._slots[language] + self._rank[r]
+        ordinal = self._visits[phase, language] + cycle * self._slots[phase, language] + self._rank[phase, r]
         epoch = ordinal // n
         sequence = permute(ordinal % n, n, _mix(self._keys[language] + epoch * np.uint64(_GOLDEN)))
         sample_id = _mix(_mix(self._identities[language] + sequence) + epoch * np.uint64(_GOLDEN))
         return Located(language, sequence.view(np.int64), epoch.view(np.int64), sample_id.view(np.int64))
+
+    def visits(self, position: int) -> dict[str, int]:
+        """Sequences of each language that stand before `position`; costs the same for any position."""
+        phase, cycle, r = (int(part) for part in self._place(np.uint64(position)))
+        begun = np.bincount(self._pattern[phase, :r], minlength=len(self.languages)).astype(np.uint64)
+        counts = self._visits[phase] + np.uint64(cycle) * self._slots[phase] + begun
+        return dict(zip(self.languages, counts.tolist(), strict=True))
+
+    def _place(self, i: Any) -> tuple[Any, Any, Any]:
+        """Phase, cycle within it, and place in that cycle."""
+        phase = np.searchsorted(self._starts, i, "right") - 1
+        since = i - self._starts[phase]
+        return phase, since // np.uint64(CYCLE), since % np.uint64(CYCLE)
 
 
 class OrderHash:
@@ -102,6 +130,14 @@ class OrderHash:
     def hex(self) -> str:
         """The 128 bits as hexadecimal digits."""
         return "".join(f"{int(lane) % 2**64:016x}" for lane in self.state[:2])
+
+
+def unskipped(k: ArrayLike, skipped: Sequence[Sequence[int]]) -> I64:
+    """The k-th position, from 0, that lies in none of `skipped`: sorted, disjoint [start, end); shaped like `k`."""
+    k, (starts, ends) = np.asarray(k, np.int64), np.array(skipped, np.int64).reshape(-1, 2).T
+    gone = np.concatenate([[0], np.cumsum(ends - starts)])
+    # starts - gone: how many positions are left before each interval.
+    return np.asarray(k + gone[np.searchsorted(starts - gone[:-1], k, "right")], np.int64)
 
 
 def permute(index: U64, n: U64, key: U64) -> U64:
@@ -139,9 +175,10 @@ def _hash64(text: str) -> int:
 
 
 def _slots(shares: Sequence[float]) -> U64:
-    """Slots of each language in a cycle: largest remainder, at least one for each, CYCLE in all."""
+    """Slots of each language in a cycle: largest remainder, at least one for each with a share, CYCLE in all."""
     wanted = np.array(shares, np.float64) / sum(shares) * CYCLE
-    slots = np.maximum(np.floor(wanted), 1).astype(np.int64)
+    slots = np.maximum(np.floor(wanted), wanted > 0).astype(np.int64)
+    # Less than a slot is missing for each language with a remainder, so none without a share comes into one.
     by_remainder = np.argsort(-(wanted - slots), kind="stable")
     while (missing := CYCLE - int(slots.sum())) != 0:
         if missing > 0:

@@ -11,12 +11,15 @@ import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from configs.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -95,32 +98,43 @@ class ShardWriter:
 
 
 class Shard:
-    """Reads one shard through the page cache; opening it costs the same however large it is."""
+    """Reads one shard through the page cache; opening it costs the same however large it is.
+
+    Raises `UserError` that names the file where one is missing, is of another kind or is cut off.
+    """
 
     def __init__(self, stem: Path) -> None:
-        index = stem.with_name(stem.name + ".idx")
-        with index.open("rb") as file:
-            magic, version, code, n_docs, n_ends = _HEADER.unpack(file.read(_HEADER.size))
-        if (magic, version, n_ends) != (MAGIC, 1, n_docs + 1) or code not in _DTYPES:
-            raise ValueError(f"{index} is not an index of one sequence a document with tokens in uint16 or int32")
-        self.n_docs: int = n_docs
-        self.tokens: NDArray[Any] = np.asarray(np.memmap(stem.with_name(stem.name + ".bin"), _DTYPES[code], "r"))
-        """All tokens of the shard."""
-        at = _HEADER.size
-        self._lengths = np.asarray(np.memmap(index, np.int32, "r", at, (n_docs,)))
-        self._offsets = np.asarray(np.memmap(index, np.int64, "r", at + 4 * n_docs, (n_docs,)))
+        index, content = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
+        with _undamaged(index):
+            with index.open("rb") as file:
+                magic, version, code, n_docs, n_ends = _HEADER.unpack(file.read(_HEADER.size))
+            if (magic, version, n_ends) != (MAGIC, 1, n_docs + 1) or code not in _DTYPES:
+                raise ValueError("not an index of one sequence a document with tokens in uint16 or int32")
+            self.n_docs: int = n_docs
+            at = _HEADER.size
+            _require_size(index, at + 4 * n_docs + 8 * n_docs + 8 * (n_docs + 1))
+            self._lengths = np.asarray(np.memmap(index, np.int32, "r", at, (n_docs,)))
+            self._offsets = np.asarray(np.memmap(index, np.int64, "r", at + 4 * n_docs, (n_docs,)))
+        with _undamaged(content):
+            _require_size(content, int(self._offsets[-1]) + int(self._lengths[-1]) * _DTYPES[code]().itemsize)
+            self.tokens: NDArray[Any] = np.asarray(np.memmap(content, _DTYPES[code], "r"))
+            """All tokens of the shard."""
 
     def document(self, row: int) -> NDArray[Any]:
         """Tokens of one document, `<s>` and `</s>` included."""
         start = int(self._offsets[row]) // self.tokens.itemsize
         return self.tokens[start : start + int(self._lengths[row])]
 
-    def starts_between(self, first: int, end: int) -> NDArray[np.int64]:
-        """Places of document starts p with first < p < end, in tokens."""
+    def rows_between(self, first: int, end: int) -> range:
+        """Documents that tokens `first` … `end` - 1 belong to."""
         # The header has 34 bytes, so the offsets are not aligned and np.searchsorted would copy them all.
         size = self.tokens.itemsize
-        low, high = bisect_right(self._offsets, first * size), bisect_left(self._offsets, end * size)
-        return self._offsets[low:high] // size
+        return range(bisect_right(self._offsets, first * size) - 1, bisect_left(self._offsets, end * size))
+
+    def starts_between(self, first: int, end: int) -> NDArray[np.int64]:
+        """Places of document starts p with first < p < end, in tokens."""
+        rows = self.rows_between(first, end)
+        return self._offsets[rows.start + 1 : rows.stop] // self.tokens.itemsize
 
 
 def read_sidecar(stem: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
@@ -130,6 +144,48 @@ def read_sidecar(stem: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
     with pq.ParquetFile(stem.with_name(stem.name + ".docs.parquet")) as file:
         for batch in file.iter_batches(columns=list(columns)):
             yield from zip(*(batch.column(c).to_pylist() for c in columns), strict=True)
+
+
+def document_ids(stem: Path, rows: Iterable[int]) -> dict[int, str]:
+    """Ids of some documents of a shard by row; reads just the row groups in which they stand."""
+    import pyarrow.parquet as pq
+
+    ids: dict[int, str] = {}
+    wanted, start = sorted(set(rows)), 0
+    path = stem.with_name(stem.name + ".docs.parquet")
+    with _undamaged(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            if here := wanted[bisect_left(wanted, start) : bisect_left(wanted, end)]:
+                column = file.read_row_group(group, columns=["id"]).column("id")
+                ids |= {row: column[row - start].as_py() for row in here}
+            start = end
+        if len(ids) < len(wanted):
+            raise ValueError(f"{start} rows, fewer than the index has documents")
+    return ids
+
+
+def damaged(found: str) -> UserError:
+    """The error for a file of a prepared corpus that is not what was prepared."""
+    return UserError(
+        found,
+        "a prepared corpus is read exactly as it was prepared",
+        "restore the file, or remove the folder of the corpus and prepare it again with `marathon data`",
+    )
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    # pyarrow's errors are OSError and ValueError too.
+    try:
+        yield
+    except (OSError, ValueError, struct.error) as error:
+        raise damaged(f"{path}: {error}") from error
+
+
+def _require_size(path: Path, n_bytes: int) -> None:
+    if (found := path.stat().st_size) != n_bytes:
+        raise ValueError(f"{found:,} bytes, where the index tells of {n_bytes:,}")
 
 
 def _beside(stem: Path, suffix: str) -> Path:

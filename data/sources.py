@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from configs.enums import SourceFormat
 from configs.errors import UserError
-from configs.schema import SourceConfig
+from configs.text import SourceConfig
 from data.files import InputFile, find_files, read_lines, readable
 from data.quarantine import Quarantine
 

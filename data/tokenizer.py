@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from configs.errors import UserError
-from configs.schema import TokenizerConfig
+from configs.text import TokenizerConfig
 from data.files import readable
 from data.sources import SPACE_MARK
 

@@ -88,11 +88,16 @@ def score_documents(
     gives ranks equal work and batches little padding.
     """
     order = sorted(range(len(documents)), key=lambda i: (-len(documents[i].tokens), documents[i].lang, documents[i].id))
-    mine = [documents[i] for i in order[rank::world_size]]
+    shares = [[documents[i] for i in order[r::world_size]] for r in range(world_size)]
+    mine = shares[rank]
     windows = [window for i, document in enumerate(mine) for window in _windows(i, document.tokens, seq_len)]
+    most = max(sum(len(_windows(0, document.tokens, seq_len)) for document in share) for share in shares)
     nll_nats = np.zeros(len(mine))
-    for start in range(0, len(windows), batch_seqs):
+    for start in range(0, most, batch_seqs):
         batch = windows[start : start + batch_seqs]
+        if not batch:  # weights that are sharded are gathered by all ranks together, or never
+            logits_fn(torch.zeros(1, 1, dtype=torch.long, device=device))
+            continue
         for window, nats in zip(batch, _score_batch(logits_fn, batch, device), strict=True):
             nll_nats[window.document] += nats
     return [

@@ -56,6 +56,11 @@ class Ledger:
                 found = record
         return found
 
+    @property
+    def n_bytes(self) -> int:
+        """Length of the file so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

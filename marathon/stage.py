@@ -3,6 +3,7 @@
 Job scripts and the `marathon` command start stages in this one way, so a run is the same wherever it runs.
 """
 
+import errno
 import json
 import os
 import platform
@@ -11,10 +12,18 @@ import traceback
 from pathlib import Path
 
 from configs.compose import load
-from configs.errors import UserError
+from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 from ledger.record import Ledger
+from marathon.restarts import note_start
 from marathon.stages import STAGES, inputs_of, is_done, mark_done, prepared_corpus
+
+DISK_TROUBLE = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in your quota (lfs quota, saldo, lumi-workspaces)",
+    errno.EROFS: "have the file system made writable",
+}
+"""What only a person can mend, and how; any other failure of a file system may pass with a new start."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if is_first:
             print(f"{stage}: {STAGES[stage].help}", flush=True)
+            note_start(stage, run_dir)
         status = RUN_STAGE[stage](cfg, run_dir)
         if status == 0 and is_first:
             mark_done(stage, inputs, run_dir, OUTPUTS[stage](cfg, run_dir))
@@ -39,8 +49,22 @@ def main(arguments: list[str] | None = None) -> int:
         # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
         told = f"error in {stage}: {error}" if is_first else f"[rank {_rank()}] {error.found}"
         print(told, file=sys.stderr, flush=True)
-        return 1
+        return EXIT_MISTAKE
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        print(f"error in {stage}: {_disk_trouble(error, run_dir)}", file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
     return status
+
+
+def _disk_trouble(error: OSError, run_dir: Path) -> UserError:
+    where = error.filename or run_dir
+    return UserError(
+        f"{where}: {error.strerror}",
+        f"a run writes under {run_dir}; what it has saved is whole",
+        DISK_TROUBLE[error.errno or 0] + ", then start the same line again",
+    )
 
 
 def run_data(cfg: RunConfig, run_dir: Path) -> int:

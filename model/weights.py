@@ -2,11 +2,12 @@
 
 A checkpoint is a folder `step-000000120` that stands complete under its name or not at all:
 
-    manifest.json             step, tokens, and for every file its sha256 and the fragments it holds
-    rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…`, `exp_avg_sq/…`
+    manifest.json             progress, and for every file its sha256 and the fragments it holds
+    manifest.sha256           hash of the manifest, as `sha256sum -c` reads it
+    rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…`, `exp_avg_sq/…`; random states
 
 A fragment is a range of a flattened parameter, addressed by the parameter's name and the first index: files
-depend on how many ranks wrote them, reading does not.
+depend on how many ranks wrote them, reading does not. Nothing here can hold code: JSON and safetensors.
 """
 
 import hashlib
@@ -25,38 +26,58 @@ from configs.schema import RunConfig
 from model.decoder import Decoder
 
 PREFIX = "step-"
+MANIFEST, MANIFEST_SHA256 = "manifest.json", "manifest.sha256"
 MASTER = "master"
 """Kind of the fragments that hold the weights in fp32."""
+RANDOM = "random"
+"""Kind of the tensors that hold states of random generators."""
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, by step."""
-    return sorted(p.parent for p in (run_dir / "checkpoints").glob(f"{PREFIX}*/manifest.json"))
+    """Checkpoints of a run by step; whether one is whole, `verify_files` says."""
+    return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.is_dir())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint."""
-    manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: it is missing, or not what was written.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        content = path.read_bytes()
+        expected = (checkpoint / MANIFEST_SHA256).read_text(encoding="ascii").split()[0]
+    except (OSError, ValueError, IndexError) as error:
+        raise damaged(path, f"cannot be read ({error})") from None
+    if (found := hashlib.sha256(content).hexdigest()) != expected:
+        raise damaged(path, f"has sha256 {found[:16]}…, {MANIFEST_SHA256} says {expected[:16]}…")
+    manifest: dict[str, Any] = json.loads(content)
     return manifest
 
 
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Hash of the manifest, and through it of every file."""
-    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
-def verify_files(checkpoint: Path) -> None:
-    """Raises `UserError` naming the first file that is missing or not what the manifest says."""
-    try:
-        files = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(checkpoint / "manifest.json", f"cannot be read ({error})") from None
-    for name, expected in files.items():
-        path = checkpoint / name
+def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+    """Raises `UserError` naming the first file that is missing or not what the manifest says.
+
+    With `parts`, the files are shared out and only those of one `part` are read.
+    """
+    files = read_manifest(checkpoint)["files"]
+    for name in sorted(files)[part::parts]:
+        path, expected = checkpoint / name, files[name]["sha256"]
         if not path.is_file():
-            raise _damaged(path, "is missing")
-        if (found := file_sha256(path)) != expected["sha256"]:
-            raise _damaged(path, f"has sha256 {found[:16]}…, the manifest says {expected['sha256'][:16]}…")
+            raise damaged(path, "is missing")
+        if (found := file_sha256(path)) != expected:
+            raise damaged(path, f"has sha256 {found[:16]}…, the manifest says {expected[:16]}…")
 
 
 def file_sha256(path: Path) -> str:
@@ -80,7 +101,8 @@ class FragmentReader:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.fragments: dict[str, list[Fragment]] = {}
-        for file, entry in read_manifest(checkpoint)["files"].items():
+        self.files = read_manifest(checkpoint)["files"]
+        for file, entry in self.files.items():
             for name, start, numel in entry["fragments"]:
                 self.fragments.setdefault(name, []).append(Fragment(start, numel, file))
         self._open: dict[str, Any] = {}
@@ -101,7 +123,7 @@ class FragmentReader:
                 out[first - start : last - start] = stored[first - fragment.start : last - fragment.start]
                 n_filled += last - first
         if n_filled != numel:
-            raise _damaged(self.checkpoint, f"holds {n_filled} of {numel} elements asked for of {kind} {name}")
+            raise damaged(self.checkpoint, f"holds {n_filled} of {numel} elements asked for of {kind} {name}")
         return out
 
     def read_into(self, decoder: Decoder) -> None:
@@ -109,6 +131,15 @@ class FragmentReader:
         for name, parameter in decoder.named_parameters():
             flat = self.read(MASTER, name, 0, math.prod(parameter.shape))
             parameter.data.copy_(flat.view(parameter.shape))
+
+    def random_states(self, rank: int) -> dict[str, Tensor]:
+        """State of each random generator of a rank, by device; none where fewer ranks wrote the checkpoint."""
+        name = rank_file(rank)
+        if name not in self.files:
+            return {}
+        stored = self._file(name)
+        keys = [key for key in stored.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{RANDOM}/"): stored.get_tensor(key) for key in keys}
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -126,7 +157,8 @@ def load_decoder(checkpoint: Path, cfg: RunConfig) -> tuple[Decoder, str]:
     return decoder.eval(), checkpoint_sha256(checkpoint)
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path, what: str) -> UserError:
+    """What is said of a checkpoint that is not whole."""
     return UserError(
         f"{path} {what}",
         "a checkpoint is used only whole and unchanged",

@@ -1,155 +1,256 @@
 """Checkpoints: complete under their name, or not there.
 
-Every rank writes its own fragments in parallel, hashed and forced to disk; the manifest is written last, and
+Every rank writes its own fragments, hashed while they are written and forced to disk; the manifest comes last, and
 then the folder is renamed. Whatever moment a job is killed at, the newest folder named `step-…` is whole. The
-format is told in model/weights.py, which reads it.
+format is told in model/weights.py, which reads it; when these functions are called, in train/saving.py.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 
 from configs.errors import UserError
-from model.weights import PREFIX, FragmentReader, file_sha256, list_checkpoints, read_manifest, verify_files
+from model.weights import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    MASTER,
+    PREFIX,
+    RANDOM,
+    FragmentReader,
+    list_checkpoints,
+    rank_file,
+    read_manifest,
+    verify_files,
+)
 from train.dist import Rank
 from train.engine import Engine
+from train.progress import Progress
 
-FORMAT = 1
-
-
-@dataclass
-class Progress:
-    """What a run has behind it; all that a resume needs besides weights and moments."""
-
-    step: int = 0
-    """Optimizer steps done; the next sample is number step x seqs_per_step."""
-    tokens: int = 0
-    """Tokens trained on, repetitions counted."""
-    order_state: list[int] = field(default_factory=list)
-    """`data.order.OrderHash.state` summed over all ranks: a proof of what was consumed, whoever consumed it."""
-    order_hash: str = ""
-    """The same proof as hexadecimal digits."""
-    consumed: dict[str, int] = field(default_factory=dict)
-    """Tokens by language."""
-    flops: float = 0.0
-    """Operations of forward and backward so far."""
-    device_s: float = 0.0
-    """Seconds of stepping so far, times devices."""
+FORMAT = 2
+WAIT_FOR_ENTRIES_S = 60
+"""For the small files of other nodes to be seen here: network file systems may show them late."""
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
-def save(run_dir: Path, engine: Engine, progress: Progress, identity: dict[str, Any], rank: Rank) -> Path:
-    """Writes a checkpoint and returns its folder; collective.
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes: copies on the host, which the training does not touch."""
+
+    tensors: dict[str, Tensor]
+    """By key, in the order of the file; contiguous, on the CPU."""
+    fragments: list[tuple[str, int, int]]
+    """Name, first index and length of each fragment."""
+
+
+class Staging:
+    """Host memory for one snapshot, taken once: a copy into it is what stops the loop, and nothing else.
+
+    Fresh memory for each snapshot would cost more than the copy, page by page.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_device = device.type == "cuda"
+        self.device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, engine: Engine) -> Snapshot:
+        """This rank's fragments and random states as they are now."""
+        tensors: dict[str, Tensor] = {}
+        fragments = []
+        for owned in engine.fragments():
+            fragments.append((owned.name, owned.start, owned.tensors[MASTER].numel()))
+            for kind, tensor in owned.tensors.items():
+                key = f"{kind}/{owned.name}/{owned.start}"
+                tensors[key] = self._buffer(key, tensor).copy_(tensor, non_blocking=True)
+        if self.on_device:
+            torch.cuda.synchronize(self.device)
+        random = {f"{RANDOM}/{name}": state for name, state in random_states(self.device).items()}
+        return Snapshot(tensors | random, fragments)
+
+    def _buffer(self, key: str, like: Tensor) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.on_device)
+        return self._buffers[key]
+
+
+def writing_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it has its name."""
+    return run_dir / "checkpoints" / f".writing-{PREFIX}{step:09d}"
+
+
+def write_part(folder: Path, rank: int, snapshot: Snapshot) -> None:
+    """Writes one rank's file, and beside it the entry that the manifest takes over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / rank_file(rank)
+    sha256, n_bytes = _write_safetensors(path, snapshot.tensors)
+    entry = {"sha256": sha256, "bytes": n_bytes, "fragments": snapshot.fragments}
+    beside = path.with_suffix(".tmp")
+    _write_synced(beside, json.dumps(entry))
+    beside.rename(path.with_suffix(".json"))
+
+
+def commit(run_dir: Path, progress: dict[str, Any], facts: dict[str, Any], world_size: int) -> Path:
+    """Makes a checkpoint of what all ranks have written; returns its folder.
 
     Args:
         run_dir: Folder of the run.
-        engine: Holds weights and moments.
-        progress: Goes into the manifest.
-        identity: What the checkpoint belongs to (corpus hash, sequence length, rows of the vocabulary, …).
-        rank: This process.
+        progress: Of the moment of the snapshot, as `Progress.to_json` gives it.
+        facts: What the checkpoint belongs to (corpus hash, sequence length, rows of the vocabulary, …).
+        world_size: Number of ranks.
     """
-    final = run_dir / "checkpoints" / f"{PREFIX}{progress.step:09d}"
-    beside = final.with_name(f".writing-{final.name}")
-    if rank.is_first:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    rank.barrier()
-    _write_fragments(beside, engine, rank)
-    rank.barrier()
-    if rank.is_first:
-        _write_manifest(beside, {"format": FORMAT, "progress": asdict(progress), **identity})
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _sync_folder(final.parent)
-    rank.barrier()
+    folder = writing_folder(run_dir, progress["step"])
+    files = {}
+    for rank in range(world_size):
+        entry = (folder / rank_file(rank)).with_suffix(".json")
+        _wait_for(entry)
+        files[rank_file(rank)] = json.loads(entry.read_text(encoding="utf-8"))
+    manifest = json.dumps(
+        {"format": FORMAT, "world_size": world_size, "progress": progress, **facts, "files": files}, indent=1
+    )
+    _write_synced(folder / MANIFEST, manifest)
+    _write_synced(folder / MANIFEST_SHA256, f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n")
+    for rank in range(world_size):
+        (folder / rank_file(rank)).with_suffix(".json").unlink()
+    sync_folder(folder)
+    final = folder.with_name(folder.name.removeprefix(".writing-"))
+    if final.exists():  # not whole, or it would have been gone on from
+        final.rename(folder.with_name(f".removing-{final.name}-{time.time_ns()}"))
+    folder.rename(final)
+    sync_folder(final.parent)
     return final
 
 
-def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are what its manifest says, and why newer ones are not used."""
-    complaints = []
-    for checkpoint in reversed(list_checkpoints(run_dir)):
+def remove_unfinished(run_dir: Path) -> None:
+    """Removes what killed jobs have left half-written or half-removed."""
+    for pattern in (".writing-*", ".removing-*"):
+        for folder in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what its manifest says, and why newer ones are not used; collective.
+
+    Each rank hashes a share of the files.
+    """
+    complaints: list[str] = []
+    for name in reversed(rank.tell([path.name for path in list_checkpoints(run_dir)])):
+        checkpoint = run_dir / "checkpoints" / name
         try:
-            verify_files(checkpoint)
+            verify_files(checkpoint, rank.rank, rank.world_size)
+            complaint = ""
         except UserError as error:
-            complaints.append(str(error))
-            continue
-        return checkpoint, complaints
+            complaint = str(error)
+        found = sorted(set(rank.gather(complaint)) - {""})
+        if not found:
+            return checkpoint, complaints
+        complaints.append(found[0])
     return None, complaints
 
 
+def newest(run_dir: Path) -> Path:
+    """The newest checkpoint, whole or not; there has to be one."""
+    return list_checkpoints(run_dir)[-1]
+
+
 def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raises `UserError` where the checkpoint was trained on another corpus, mixture, sequence length or seed."""
+    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length or seed."""
     manifest = read_manifest(checkpoint)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{checkpoint.name} has format {manifest.get('format')}",
+            f"this version of Marathon reads format {FORMAT}",
+            "go on with the version that wrote it, which the ledger names, or begin a new run with name=…",
+        )
     for key, now in identity.items():
         if (then := manifest[key]) != now:
             raise UserError(
                 f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}",
-                "a run keeps corpus, tokenizer, mixture, sequence length and seed: they make its order of samples",
+                "a run keeps corpus, tokenizer, sequence length and seed: they make its order of samples",
                 "name=… begins a new run; or put back what has changed since",
             )
 
 
-def restore(checkpoint: Path, engine: Engine) -> Progress:
-    """Fills weights and moments and returns the progress; each rank reads what it holds."""
-    progress = Progress(**read_manifest(checkpoint)["progress"])
-    engine.restore(FragmentReader(checkpoint), progress.step)
+def restore(checkpoint: Path, engine: Engine, rank: Rank, seed: int) -> Progress:
+    """Fills weights, moments and random states and returns the progress; each rank reads what it holds."""
+    progress, reader = Progress.from_json(read_manifest(checkpoint)["progress"]), FragmentReader(checkpoint)
+    engine.fill(reader, progress.updates)
+    seed_random(seed + progress.step, rank)
+    for name, state in reader.random_states(rank.rank).items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif rank.device.type == name:
+            torch.cuda.set_rng_state(state, rank.device)
     return progress
 
 
-def remove_old(run_dir: Path, keep: int) -> None:
-    """Leaves step 0 and the newest `keep` checkpoints; 0 keeps all."""
-    if keep:
-        for checkpoint in list_checkpoints(run_dir)[1:-keep]:
-            doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+def seed_random(seed: int, rank: Rank) -> None:
+    """Random numbers of this rank's own: at the first start, and where a checkpoint was written by fewer ranks."""
+    torch.manual_seed(seed * 2**20 + rank.rank)
 
 
-def _write_fragments(folder: Path, engine: Engine, rank: Rank) -> None:
-    path = folder / f"rank-{rank.rank:05d}.safetensors"
-    tensors, fragments = {}, []
-    for owned in engine.fragments():
-        fragments.append([owned.name, owned.start, owned.tensors["master"].numel()])
-        for kind, tensor in owned.tensors.items():
-            tensors[f"{kind}/{owned.name}/{owned.start}"] = tensor.cpu()
-    save_file(tensors, path)
-    _sync_file(path)
-    entry = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "fragments": fragments}
-    _write_synced(path.with_suffix(".json"), json.dumps(entry))
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """State of each generator that PyTorch draws from here, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[device.type] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    files = {}
-    for entry in _entries(folder):
-        files[entry.with_suffix(".safetensors").name] = json.loads(entry.read_text(encoding="utf-8"))
-        entry.unlink()
-    _write_synced(folder / "manifest.json", json.dumps({**facts, "files": files}, indent=1))
-    _sync_folder(folder)
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("rank-*.json"))
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Forces the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
+    """Writes a file in the format of safetensors; returns its sha256 and its bytes.
+
+    The library would make a second copy of everything and could be hashed only by reading it again. The format:
+    uint64 length of the header, the header as JSON padded with spaces to a multiple of 8, the bytes of the tensors.
+    """
+    header, n_bytes = {}, 0
+    for key, tensor in tensors.items():
+        end = n_bytes + tensor.nbytes
+        header[key] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [n_bytes, end],
+        }
+        n_bytes = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        start = len(text).to_bytes(8, "little") + text
+        for whole in (memoryview(start), *(memoryview(t.numpy().data).cast("B") for t in tensors.values())):
+            sha256.update(whole)
+            while whole:
+                whole = whole[file.write(whole) :]
+        os.fsync(file.fileno())
+        return sha256.hexdigest(), file.tell()
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + WAIT_FOR_ENTRIES_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(f"{path} does not appear, though its rank has written it")
+        time.sleep(0.05)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -5,15 +5,20 @@ Facts come from torchrun's variables, or from Slurm's where srun started the pro
 
 import datetime
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
 from configs.enums import Device
-from configs.errors import UserError
+from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
+
+Fact = TypeVar("Fact")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Rank:
     world_size: int
     local_rank: int
     device: torch.device
+    hosts: tuple[str, ...] = ()
+    """Node of every rank."""
 
     @property
     def is_first(self) -> bool:
@@ -38,9 +45,19 @@ class Rank:
         """Sums each value over all ranks, in float64."""
         return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
+    def gather_floats(self, value: float) -> list[float]:
+        """What every rank gives, in order of ranks."""
+        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
+
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Sums each value over all ranks, modulo 2**64, in int64."""
         return self._sum(torch.tensor(values, dtype=torch.int64)).tolist()
+
+    def gather(self, fact: Any) -> list[Any]:
+        """What every rank gives, in order of ranks, on every rank; for small things and rare moments."""
+        facts: list[Any] = [None] * self.world_size
+        torch_dist.all_gather_object(facts, fact)
+        return facts
 
     def max(self, value: float) -> float:
         """The largest value of all ranks."""
@@ -48,11 +65,33 @@ class Rank:
         torch_dist.all_reduce(on_device, torch_dist.ReduceOp.MAX)
         return on_device.item()
 
-    def tell(self, text: str) -> str:
-        """The first rank's text, on every rank."""
-        told = [text]
-        torch_dist.broadcast_object_list(told)
+    def tell(self, fact: Fact) -> Fact:
+        """The first rank's fact, on every rank."""
+        told = [fact]
+        torch_dist.broadcast_object_list(told, device=self.device)
         return told[0]
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, on every rank's device; the others give one of its shape."""
+        on_device = tensor.to(self.device)
+        torch_dist.broadcast(on_device, 0)
+        return on_device
+
+    def raise_together(self, error: UserError | None) -> None:
+        """Ends all ranks where one has an error; the first rank raises it, so that it is told once."""
+        found = [e for e in self.gather(error and (error.found, error.rule, error.repair)) if e]
+        if found:
+            raise UserError(*found[0]) if self.is_first else SystemExit(EXIT_MISTAKE)
+
+    def first_does(self, action: Callable[[], object]) -> None:
+        """The first rank does something that may raise `UserError`; all go on or none."""
+        error = None
+        if self.is_first:
+            try:
+                action()
+            except UserError as refusal:
+                error = refusal
+        self.raise_together(error)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
@@ -62,6 +101,41 @@ class Rank:
         on_device = values.to(self.device)
         torch_dist.all_reduce(on_device)
         return on_device.cpu()
+
+
+class Stopwatch:
+    """Sums the time of what is done inside; on a device the device's own time, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_device = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.began = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        now = self._mark()
+        if self.on_device:
+            self.spans.append((self.began, now))
+        else:
+            self.seconds += now - self.began
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        for began, ended in self.spans:
+            ended.synchronize()
+            self.seconds += began.elapsed_time(ended) / 1000
+        seconds, self.seconds = self.seconds, 0.0
+        self.spans.clear()
+        return seconds
+
+    def _mark(self) -> Any:
+        if not self.on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 def join(cfg: RunConfig) -> Rank:
@@ -94,10 +168,13 @@ def join(cfg: RunConfig) -> Rank:
         "gloo" if on_cpu else "nccl",
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=cfg.engine.timeout_s),
+        # The watchdog is to write its stacks before a collective gives up.
+        timeout=datetime.timedelta(seconds=cfg.engine.timeout_s + 120),
         device_id=None if on_cpu else device,
     )
-    return Rank(rank, world_size, local_rank, device)
+    alone = Rank(rank, world_size, local_rank, device)
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    return replace(alone, hosts=tuple(alone.gather(host)))
 
 
 def leave() -> None:

@@ -1,17 +1,27 @@
-"""What ends a run before its last step, and what is said and done then."""
+"""What ends a run before its last step or sends it back: signals, time, numbers that are not right."""
 
-import math
+import fcntl
+import os
 import signal
+import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from configs.errors import UserError
-from ledger.record import Ledger
+from configs.schema import FaultConfig
 
 EXIT_SAVED = 75
 """Exit status of a run that was asked to stop, saved, and can go on (EX_TEMPFAIL of sysexits.h)."""
 
-MAX_STARTS_WITHOUT_PROGRESS = 2
+JOB_ENDS_AT = "MARATHON_JOB_ENDS_AT"
+"""Seconds since the epoch at which the machine ends this job; job scripts set it."""
+MARGIN_S = 30.0
+"""Kept free at the end of a job, besides twice the slowest step, validation and checkpoint so far."""
+LOCK_WAIT_S = 60.0
+"""How long a start waits for the processes of the one before to be gone."""
 
 
 class StopSignals:
@@ -26,39 +36,76 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def refuse_restart_loop(run_dir: Path, step: int) -> None:
-    """Stops a run that dies again and again before it has saved anything new.
+class JobClock:
+    """Whether a job has time for one more step, its validation, and the checkpoint after it."""
+
+    def __init__(self) -> None:
+        self.ends_at = float(os.environ.get(JOB_ENDS_AT) or "inf")
+        self._slowest_s: dict[str, float] = {}
+
+    def took(self, what: str, seconds: float) -> None:
+        """Remembers the longest time of each kind of work."""
+        self._slowest_s[what] = max(self._slowest_s.get(what, 0.0), seconds)
+
+    def is_over(self) -> bool:
+        """Whether it is time to save and go."""
+        return time.time() + MARGIN_S + 2 * sum(self._slowest_s.values()) > self.ends_at
+
+
+class RunLock:
+    """Keeps a second job from training the same run at the same time, where the file system has locks.
 
     Raises:
-        UserError: the last starts were all at this step. The refusal is recorded, so that whoever mended
-            the cause simply starts the run again.
+        UserError: the run is held by another process, and stays so for a minute.
     """
-    ledger, starts = Ledger(run_dir), 0
-    for record in ledger.read():
-        if record["event"] == "train_start" and record["step"] == step:
-            starts += 1
-        elif record["event"] in ("train_start", "checkpoint", "train_refused"):
-            starts = 0
-    if starts >= MAX_STARTS_WITHOUT_PROGRESS:
-        ledger.append("train_refused", step=step, starts=starts)
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file: IO[str] = open(run_dir / "logs" / "train.lock", "w")  # noqa: SIM115 (held until the end)
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not self._take():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{run_dir} is being trained by another process",
+                    "one job at a time trains a run",
+                    "wait for it or end it: squeue --me, or the other terminal",
+                )
+            time.sleep(0.5)
+
+    def _take(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
+
+
+def refuse_bad_numbers(skipped_steps: Sequence[int], step: int, limit: int) -> None:
+    """Stops a run whose gradients are not finite again and again.
+
+    Args:
+        skipped_steps: Steps that were left out, the one just done included.
+        step: The step just done.
+        limit: So many in a row are borne.
+    """
+    in_a_row = 0
+    while in_a_row < len(skipped_steps) and skipped_steps[-1 - in_a_row] == step - in_a_row:
+        in_a_row += 1
+    if in_a_row > limit:
         raise UserError(
-            f"{starts} starts at step {step} ended before the next checkpoint",
-            "a run that makes no progress is stopped instead of burning node-hours",
-            f"read the end of the log and {run_dir / 'logs'}, mend the cause, start again: this is said once",
+            f"gradients were not finite in {in_a_row} steps in a row, up to step {step}",
+            f"faults.max_skipped_in_a_row = {limit}",
+            "lower optim.lr or optim.grad_clip, or lengthen schedule.warmup_steps, under a new name=…; "
+            "the checkpoints before these steps are sound",
         )
 
 
-def check_finite(step: int, grad_norm: float) -> None:
-    """Stops on a gradient that is not a number, before it reaches a checkpoint.
-
-    The norm is over all ranks, so all of them stop; a loss that is not finite shows in it too.
-
-    Raises:
-        UserError: names the value and the step.
-    """
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"gradient norm {grad_norm} in step {step}",
-            "training goes on only with finite numbers",
-            "lower optim.lr or optim.grad_clip, or lengthen schedule.warmup_steps, under a new name=…",
-        )
+def is_spike(loss: float, losses: Sequence[float], cfg: FaultConfig) -> bool:
+    """Whether a loss stands out above those before it, by median and MAD, which a spike cannot move."""
+    if not cfg.spike_window_steps or len(losses) < max(cfg.spike_window_steps // 2, 2):
+        return False
+    median = statistics.median(losses)
+    mad = statistics.median(abs(other - median) for other in losses)
+    # 1.4826 x MAD is the standard deviation of normal numbers; a loss that hardly varies is not measured by it alone.
+    return loss > median + cfg.spike_sigmas * max(1.4826 * mad, 0.02 * median)

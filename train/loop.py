@@ -1,6 +1,10 @@
-"""The loop, top to bottom: forward and backward, step, then four visible ifs: log, validate, save, stop."""
+"""The loop, top to bottom: forward and backward, step, what all ranks agree on, then visible ifs.
+
+Log, go back after a spike, validate, save, stop: each an if that a reader can see.
+"""
 
 import contextlib
+import enum
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +20,16 @@ from data.loader import Batch, Samples, batches
 from data.order import OrderHash
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger.record import Ledger
-from model.weights import checkpoint_sha256
-from train import checkpoint
 from train.batch import StepShape
-from train.checkpoint import Progress
 from train.dist import Rank
 from train.engine import Engine
-from train.faults import StopSignals, check_finite
+from train.faults import JobClock, StopSignals, is_spike, refuse_bad_numbers
 from train.metrics import Metrics, memory_gib
+from train.progress import Progress
+from train.rewind import rewind
+from train.saving import Saver
 from train.schedule import learning_rate
+from train.watchdog import Watchdog
 
 
 @dataclass
@@ -40,22 +45,37 @@ class Job:
     held_out: list[ValidDocument]
     progress: Progress
     identity: dict[str, Any]
-    """What checkpoints belong to: see `checkpoint.save`."""
+    """What checkpoints belong to: corpus, sequence length, seed, rows of the vocabulary."""
     flops_per_token: float
     peak_flops: float
     """Of one device, in operations a second."""
     metrics: Metrics
+    saver: Saver
     signals: StopSignals
+    clock: JobClock
+    watchdog: Watchdog
 
 
-def train(job: Job) -> bool:
-    """Trains from `job.progress` to the last step; false where a signal ended it early, after saving."""
+class End(enum.Enum):
+    """Why a stretch of steps has ended."""
+
+    finished = "last step"
+    stopped = "asked to stop, saved"
+    spike = "the loss has jumped"
+
+
+def train(job: Job) -> End:
+    """Trains from `job.progress` to the last step, or to where it was asked to stop and has saved."""
+    while (end := _stretch(job)) is End.spike:
+        job.saver.finish()
+        rewind(job.run_dir, job.progress, job.engine, job.rank, job.samples, job.cfg)
+    job.saver.finish()
+    return end
+
+
+def _stretch(job: Job) -> End:
     cfg, progress, rank = job.cfg.train, job.progress, job.rank
     consumed, window = Consumed(job), Window(job)
-    if progress.step == 0:
-        _validate(job)
-        _save(job)
-    window.restart()
     for micro_batches in batches(
         job.samples,
         start_step=progress.step,
@@ -65,34 +85,53 @@ def train(job: Job) -> bool:
         rank=rank.rank,
         world_size=rank.world_size,
         workers=cfg.loader_workers,
+        skipped=progress.skipped,
     ):
-        lr = learning_rate(progress.step, cfg.steps, job.cfg.optim, job.cfg.schedule)
+        began_s = time.monotonic()
+        counts = torch.zeros(2, dtype=torch.float64, device=rank.device)
         for micro_batch in micro_batches:
-            window.add(job.engine.backward(micro_batch["tokens"], micro_batch["doc"]))
+            counts += job.engine.backward(micro_batch["tokens"], micro_batch["doc"])
             consumed.add(micro_batch)
-        grad_norm = job.engine.step(lr)
+        progress.lr = learning_rate(progress.step, cfg.steps, job.cfg.optim, job.cfg.schedule)
+        grad_norm, applied = job.engine.step(progress.lr)
         progress.step += 1
+        progress.updates += applied
         progress.tokens += cfg.tokens_per_step
         progress.flops += cfg.tokens_per_step * job.flops_per_token
         job.metrics.terminal.advance()
-        check_finite(progress.step, grad_norm)
 
-        last = progress.step == cfg.steps
-        stop = rank.any(job.signals.received is not None)
+        # What the ranks have to agree on, in one message.
+        leave = job.signals.received is not None or (rank.is_first and job.clock.is_over())
+        nats, labels, n_leaving, *votes = rank.sum([*counts.tolist(), leave, *job.saver.votes])
+        job.saver.advance(*map(int, votes))
+        loss = nats / labels
+        last, stop = progress.step == cfg.steps, n_leaving > 0
+        if not applied:
+            _note_skipped_step(job, grad_norm)
+        elif is_spike(loss, progress.losses, job.cfg.faults):
+            progress.losses.append(loss)
+            return End.spike
+        else:
+            progress.losses = [*progress.losses, loss][-job.cfg.faults.spike_window_steps :]
+        window.add(nats, labels)
+        job.clock.took("step", time.monotonic() - began_s)
+        job.clock.took("checkpoint", job.saver.slowest_s)
+        job.watchdog.alive()
+
         if last or stop or progress.step % cfg.log_every_steps == 0:
-            window.log(lr, grad_norm)
+            window.log(grad_norm)
         validate = last or progress.step % cfg.validate_every_steps == 0
         save = last or stop or progress.step % cfg.save_every_steps == 0
         if validate or save:
             consumed.sum_over_ranks()
             with window.paused():
+                if save:
+                    job.saver.begin(progress)
                 if validate:
                     _validate(job)
-                if save:
-                    _save(job)
         if stop and not last:
-            return False
-    return True
+            return End.stopped
+    return End.finished
 
 
 class Consumed:
@@ -120,12 +159,11 @@ class Window:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.counts = torch.zeros(2, dtype=torch.float64, device=job.rank.device)
         self.restart()
 
     def restart(self) -> None:
         """Begins a new window here and now."""
-        self.counts.zero_()
+        self.nats = self.labels = 0.0
         self.first_step, self.stepping_s = self.job.progress.step, 0.0
         self.since_s = time.perf_counter()
 
@@ -136,28 +174,32 @@ class Window:
         yield
         self.since_s = time.perf_counter()
 
-    def add(self, nats_and_labels: torch.Tensor) -> None:
-        """Takes the counts of a micro batch without waiting for the device."""
-        self.counts += nats_and_labels
+    def add(self, nats: float, labels: float) -> None:
+        """Takes the sums of a step over all ranks."""
+        self.nats += nats
+        self.labels += labels
 
-    def log(self, lr: float, grad_norm: float) -> None:
+    def log(self, grad_norm: float) -> None:
         """Writes the line of this window and begins the next."""
         job, progress = self.job, self.job.progress
         self._read_clock()
-        nats, labels = job.rank.sum(self.counts.tolist())
         steps = progress.step - self.first_step
         tokens_per_s = steps * job.cfg.train.tokens_per_step / self.stepping_s
+        forward_s = job.rank.gather_floats(job.engine.forward_time.read())
+        slowest = max(range(len(forward_s)), key=forward_s.__getitem__)
         job.metrics.write(
             "train",
             progress.step,
             progress.tokens,
-            loss=nats / labels,
-            lr=lr,
+            loss=self.nats / self.labels,
+            lr=progress.lr,
             grad_norm=grad_norm,
             tokens_per_s=tokens_per_s,
             mfu=job.flops_per_token * tokens_per_s / (job.rank.world_size * job.peak_flops),
             memory_gib=job.rank.max(memory_gib(job.rank.device)),
             step_s=self.stepping_s / steps,
+            skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
+            slowest=job.rank.hosts[slowest],
         )
         self.restart()
 
@@ -168,10 +210,19 @@ class Window:
         self.since_s = now_s
 
 
+def begin(job: Job) -> None:
+    """What stands before the first step: the validation that later ones are compared with, and a checkpoint."""
+    Consumed(job).sum_over_ranks()
+    _validate(job)
+    job.saver.begin(job.progress)
+    job.saver.finish()
+
+
 def _validate(job: Job) -> None:
-    decoder = job.engine.decoder.eval()
+    began_s = time.monotonic()
+    job.watchdog.alive()
     scores = score_documents(
-        decoder,
+        job.engine.logits,
         job.held_out,
         seq_len=job.cfg.train.seq_len,
         batch_seqs=job.shape.micro_batch_seqs,
@@ -179,7 +230,6 @@ def _validate(job: Job) -> None:
         rank=job.rank.rank,
         world_size=job.rank.world_size,
     )
-    decoder.train()
     by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=1)
     job.metrics.write(
         "valid",
@@ -189,19 +239,14 @@ def _validate(job: Job) -> None:
         bpb_mean=mean_bpb(by_lang),
         consumed=job.progress.consumed,
     )
+    job.clock.took("validation", time.monotonic() - began_s)
+    job.watchdog.alive()
 
 
-def _save(job: Job) -> None:
-    path = checkpoint.save(job.run_dir, job.engine, job.progress, job.identity, job.rank)
+def _note_skipped_step(job: Job, grad_norm: float) -> None:
+    progress = job.progress
+    progress.skipped_steps.append(progress.step)
     if job.rank.is_first:
-        Ledger(job.run_dir).append(
-            "checkpoint",
-            name=path.name,
-            step=job.progress.step,
-            tokens=job.progress.tokens,
-            sha256=checkpoint_sha256(path),
-            order_hash=job.progress.order_hash,
-            consumed=job.progress.consumed,
-        )
-        checkpoint.remove_old(job.run_dir, job.cfg.train.keep_checkpoints)
-        job.metrics.terminal.say(f"saved {path.name}")
+        job.metrics.terminal.say(f"step {progress.step} left out: its gradient has norm {grad_norm}")
+        Ledger(job.run_dir).append("step_left_out", step=progress.step, grad_norm=str(grad_norm))
+    refuse_bad_numbers(progress.skipped_steps, progress.step, job.cfg.faults.max_skipped_in_a_row)

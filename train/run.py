@@ -1,4 +1,4 @@
-"""A rank, in reading order: join, data, model, engine, resume, loop."""
+"""A rank, in reading order: join, corpus, checkpoint, order, engine, resume or begin, loop."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,117 +8,187 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import RunConfig
+from data import manifest as corpus
 from data.heldout import ValidDocuments
 from data.loader import Samples
 from data.manifest import TRAIN, Manifest
-from data.mixture import Mixture, plan_mixture, table
+from data.mixture import Mixture, plan_phases, table
+from data.order import Phase, unskipped
 from ledger import host
 from ledger.record import Ledger, gap
 from model.decoder import Decoder, padded_rows
 from model.flops import count_parameters, flops_per_token
 from model.init import init_weights
-from model.weights import FragmentReader
+from model.weights import read_manifest
 from train import checkpoint
 from train.batch import step_shape
-from train.checkpoint import Progress
 from train.dist import Rank, join, leave
 from train.engine import Engine
-from train.faults import EXIT_SAVED, StopSignals, refuse_restart_loop
-from train.loop import Job, train
+from train.faults import EXIT_SAVED, JobClock, RunLock, StopSignals
+from train.loop import End, Job, begin, train
 from train.metrics import MFU_FORMULA, Metrics, peak_flops
+from train.progress import Progress
+from train.retention import require_space
+from train.saving import Saver
+from train.selftest import self_test
+from train.watchdog import Watchdog
 
 
 def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     """Trains as one of the ranks; returns the exit status: 0 at the last step, `EXIT_SAVED` before."""
     signals = StopSignals()
     rank = join(cfg)
+    watchdog = Watchdog(run_dir / "logs", rank.rank, cfg.engine.timeout_s)
     try:
-        job = _prepare(cfg, run_dir, corpus_dir, rank, signals)
+        lock: list[RunLock] = []
+        rank.first_does(lambda: lock.append(RunLock(run_dir)))
+        job = _prepare(cfg, run_dir, corpus_dir, rank, signals, watchdog)
         try:
-            finished = train(job)
+            end = train(job)
         finally:
             job.metrics.close()
         if rank.is_first:
-            _record_end(job, finished)
+            _record_end(job, end)
         rank.barrier()
     finally:
+        watchdog.close()
         leave()
-    return 0 if finished else EXIT_SAVED
+    return 0 if end is End.finished else EXIT_SAVED
 
 
-def _prepare(cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signals: StopSignals) -> Job:
+def _prepare(
+    cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signals: StopSignals, watchdog: Watchdog
+) -> Job:
     manifest = Manifest.load(corpus_dir)
-    mixture = plan_mixture(manifest.tokens_by_language(TRAIN), cfg.mixture, cfg.train.steps * cfg.train.tokens_per_step)
-    samples = Samples(corpus_dir, mixture, seq_len=cfg.train.seq_len, seed=cfg.seed)
+    _verify_corpus(rank, run_dir, corpus_dir)
     vocab_rows = padded_rows(manifest.tokenizer.vocab_size)
     identity = {
         "corpus_hash": manifest.corpus_hash,
         "seq_len": cfg.train.seq_len,
         "seed": cfg.seed,
         "vocab_rows": vocab_rows,
-        # More train.tokens can move the shares of a capped UniMax, and with them the order of what is past.
-        "order": samples.order.fingerprint,
     }
-    resume_from, progress = _choose_checkpoint(rank, run_dir, identity), Progress()
+    resume_from = _choose_checkpoint(rank, run_dir, identity)
+    progress = Progress.from_json(read_manifest(resume_from)["progress"]) if resume_from else Progress()
+    rank.first_does(lambda: require_space(run_dir, cfg, vocab_rows, progress.step))
+    phases, mixture = _phases(cfg, corpus_dir, manifest, progress)
 
     torch.manual_seed(cfg.seed)
-    decoder = Decoder(cfg.model, vocab_rows)
-    if resume_from is None:
-        init_weights(decoder, cfg.seed)
-    else:
-        # Before the engine is built: it takes its weights from the module, rounded as the module rounds them.
-        FragmentReader(resume_from).read_into(decoder)
-    shape = step_shape(cfg)
-    engine = Engine(decoder, cfg.engine, cfg.optim, shape, rank)
-    if resume_from is not None:
-        progress = checkpoint.restore(resume_from, engine)
-    _refuse_together(rank, run_dir, progress.step)
+    engine = _engine(cfg, vocab_rows, rank, has_weights=resume_from is not None)
+    metrics = Metrics(run_dir, cfg, rank, progress.step)
+    keep = cfg.train.keep_checkpoints, cfg.train.keep_every_steps
     job = Job(
         cfg=cfg,
         run_dir=run_dir,
         rank=rank,
-        shape=shape,
+        shape=step_shape(cfg),
         engine=engine,
-        samples=samples,
+        samples=Samples(corpus_dir, phases, seq_len=cfg.train.seq_len, seed=cfg.seed),
         held_out=ValidDocuments(corpus_dir).read_all(),
         progress=progress,
         identity=identity,
         flops_per_token=flops_per_token(cfg.model, vocab_rows, cfg.train.seq_len),
         peak_flops=peak_flops(cfg, rank),
-        metrics=Metrics(run_dir, cfg, rank, progress.step),
+        metrics=metrics,
+        saver=Saver(run_dir, engine, rank, identity, keep, metrics.terminal.say),
         signals=signals,
+        clock=JobClock(),
+        watchdog=watchdog,
     )
+    if resume_from is not None:
+        checkpoint.restore(resume_from, engine, rank, cfg.seed)
+        _tell_changes(job, phases)
+    progress.phases = phases
     if rank.is_first:
         _announce(job, mixture)
+    if resume_from is None:
+        checkpoint.seed_random(cfg.seed, rank)
+        begin(job)
+    if cfg.train.self_test:
+        self_test(cfg, run_dir, engine, rank, vocab_rows, resume_from or checkpoint.newest(run_dir))
+    watchdog.alive()
     return job
 
 
+def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path) -> None:
+    """Every shard is there, and those that changed since they were last hashed are what the manifest says."""
+    ledger, marks = Ledger(run_dir), {}
+
+    def look() -> None:
+        marks.update(corpus.marks(corpus_dir))
+
+    rank.first_does(look)
+    last = ledger.last("corpus_verified", path=str(corpus_dir)) if rank.is_first else None
+    known = last["marks"] if last else {}
+    changed = rank.tell(sorted(name for name, mark in marks.items() if known.get(name) != mark))
+    error = None
+    try:
+        corpus.verify_files(corpus_dir, changed[rank.rank :: rank.world_size])
+    except UserError as mismatch:
+        error = mismatch
+    rank.raise_together(error)
+    if rank.is_first and changed:
+        ledger.append("corpus_verified", path=str(corpus_dir), files=len(changed), marks=marks)
+
+
 def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; the first rank verifies its hashes and tells the others."""
-    name = ""
+    """The checkpoint to go on from; what is wrong with newer ones is told and recorded."""
     if rank.is_first:
-        found, complaints = checkpoint.newest_usable(run_dir)
+        checkpoint.remove_unfinished(run_dir)
+    found, complaints = checkpoint.newest_usable(run_dir, rank)
+    if rank.is_first:
         for complaint in complaints:
             print(f"not used: {complaint}", flush=True)
-        name = found.name if found else ""
-    name = rank.tell(name)
-    if not name:
+            Ledger(run_dir).append("checkpoint_damaged", complaint=complaint)
+    if found is None:
         return None
-    chosen = run_dir / "checkpoints" / name
-    checkpoint.require_identity(chosen, identity)
-    return chosen
+    rank.first_does(lambda: checkpoint.require_identity(found, identity))
+    return found
 
 
-def _refuse_together(rank: Rank, run_dir: Path, step: int) -> None:
-    """The first rank reads the ledger; all go or none."""
-    error: UserError | None = None
-    if rank.is_first:
-        try:
-            refuse_restart_loop(run_dir, step)
-        except UserError as refusal:
-            error = refusal
-    if rank.any(error is not None):
-        raise error or SystemExit(1)
+def _phases(cfg: RunConfig, corpus_dir: Path, manifest: Manifest, progress: Progress) -> tuple[list[Phase], Mixture]:
+    """The mixture from here on, and how it came to be; a changed one begins a phase where the run stands."""
+    seqs = cfg.train.seqs_per_step
+    position = int(unskipped(progress.step * seqs, progress.skipped))
+    drawn = {}
+    if progress.phases:
+        drawn = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed).order.visits(position)
+    return plan_phases(
+        progress.phases,
+        drawn,
+        cfg.mixture,
+        manifest.tokens_by_language(TRAIN),
+        position=position,
+        end_position=cfg.train.steps * seqs,
+        seq_len=cfg.train.seq_len,
+    )
+
+
+def _engine(cfg: RunConfig, vocab_rows: int, rank: Rank, has_weights: bool) -> Engine:
+    """The engine; where a checkpoint has the weights, none are drawn."""
+    with torch.device("meta" if has_weights else "cpu"):
+        decoder = Decoder(cfg.model, vocab_rows)
+    if has_weights:
+        decoder.to_empty(device="cpu")
+    else:
+        init_weights(decoder, cfg.seed)
+    return Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
+
+
+def _tell_changes(job: Job, phases: list[Phase]) -> None:
+    """A new phase of the mixture, and a ledger that has lost lines since the checkpoint."""
+    if not job.rank.is_first:
+        return
+    ledger, progress = Ledger(job.run_dir), job.progress
+    if phases != progress.phases:
+        job.metrics.terminal.say(f"the mixture changes at position {phases[-1].from_position:,}:")
+        ledger.append("mixture_phase", step=progress.step, **asdict(phases[-1]))
+    if ledger.n_bytes < progress.ledger_bytes:
+        lost = progress.ledger_bytes - ledger.n_bytes
+        ledger.append("ledger_short", lost=gap(f"{lost} bytes that stood here when step {progress.step} was saved"))
+        job.metrics.terminal.say(
+            f"warning: the ledger is {lost} bytes shorter than when step {progress.step} was saved"
+        )
 
 
 def _announce(job: Job, mixture: Mixture) -> None:
@@ -138,7 +208,9 @@ def _announce(job: Job, mixture: Mixture) -> None:
         "train_start",
         step=progress.step,
         tokens=progress.tokens,
+        cluster=cfg.cluster.name,
         world_size=job.rank.world_size,
+        zero_stage=cfg.engine.zero_stage,
         parameters=parameters,
         flops_per_token=job.flops_per_token,
         peak_tflops=job.peak_flops / 1e12,
@@ -156,18 +228,23 @@ def _device_name(rank: Rank) -> Any:
     return torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else host.hardware()["processor"]
 
 
-def _record_end(job: Job, finished: bool) -> None:
-    progress = job.progress
+def _record_end(job: Job, end: End) -> None:
+    progress, finished = job.progress, end is End.finished
+    reason = job.signals.received or (
+        "the end of the job's time" if job.clock.is_over() else "a signal to another rank"
+    )
     Ledger(job.run_dir).append(
         "train_end" if finished else "train_stop",
-        reason="last step" if finished else job.signals.received or "a signal to another rank",
+        reason="last step" if finished else reason,
         steps=progress.step,
         tokens=progress.tokens,
         flops=progress.flops,
         device_hours=progress.device_s / 3600,
         energy_kwh=gap("no energy meter is read by this version"),
+        skipped_steps=progress.skipped_steps,
+        rewinds=progress.rewinds,
         order_hash=progress.order_hash,
         consumed=progress.consumed,
     )
     if not finished:
-        print(f"stopped by {job.signals.received or 'a signal'} after step {progress.step}; saved", flush=True)
+        print(f"stopped by {reason} after step {progress.step}; saved", flush=True)

@@ -9,7 +9,8 @@ import pytest
 
 from configs.compose import compose
 from configs.enums import SourceFormat
-from configs.schema import HoldoutConfig, RunConfig, SourceConfig
+from configs.schema import RunConfig
+from configs.text import HoldoutConfig, SourceConfig
 from data.pipeline import prepare
 
 UDHR = "package:data/samples/udhr-europe.jsonl.zst"

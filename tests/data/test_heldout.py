@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import HoldoutConfig
+from configs.text import HoldoutConfig
 from data.heldout import ValidDocuments, split_of
 from data.manifest import Manifest
 from data.sources import Document

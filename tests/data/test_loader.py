@@ -1,4 +1,6 @@
 import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -6,13 +8,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from configs.enums import MixtureRule
-from configs.schema import MixtureConfig, RunConfig
-from data.loader import Batch, LanguageTokens, Samples, batches
+from configs.schema import RunConfig
+from data.loader import Batch, DocumentName, LanguageTokens, Samples, batches
 from data.manifest import TRAIN, Manifest
 from data.mixture import plan_mixture
-from data.order import OrderHash
-from data.shards import Shard, ShardWriter
+from data.order import OrderHash, Phase, unskipped
+from data.pipeline import prepare
+from data.shards import Shard, ShardWriter, read_sidecar
 
 SEQ_LEN, SEQS_PER_STEP = 64, 24
 
@@ -20,11 +22,18 @@ SEQ_LEN, SEQS_PER_STEP = 64, 24
 @pytest.fixture(scope="module")
 def samples(corpus: Path, smoke_config: RunConfig) -> Samples:
     tokens = Manifest.load(corpus).tokens_by_language(TRAIN)
-    return Samples(corpus, plan_mixture(tokens, smoke_config.mixture, smoke_config.train.tokens), SEQ_LEN, seed=5)
+    shares = plan_mixture(tokens, smoke_config.mixture, smoke_config.train.tokens).shares
+    return Samples(corpus, [Phase(0, shares, {})], SEQ_LEN, seed=5)
 
 
 def read(
-    samples: Samples, rank: int, world_size: int, micro: int, workers: int = 0, start: int = 3
+    samples: Samples,
+    rank: int,
+    world_size: int,
+    micro: int,
+    workers: int = 0,
+    start: int = 3,
+    skipped: Sequence[Sequence[int]] = (),
 ) -> list[list[Batch]]:
     return list(
         batches(
@@ -36,6 +45,7 @@ def read(
             rank=rank,
             world_size=world_size,
             workers=workers,
+            skipped=skipped,
         )
     )
 
@@ -90,15 +100,36 @@ def test_a_restart_at_any_step_goes_on_as_if_nothing_had_happened(samples: Sampl
     assert ids_of(read(samples, 0, 2, 3, start=3))[2:] == ids_of(read(samples, 0, 2, 3, start=5))[:2]
 
 
+def test_skipped_positions_are_left_out_and_every_step_is_full(samples: Samples) -> None:
+    skipped = [[10, 34], [96, 97], [130, 178]]
+    whole = [i for i in range(20 * SEQS_PER_STEP) if not any(first <= i < end for first, end in skipped)]
+    for workers in (0, 1):
+        steps = read(samples, 0, 1, micro=3, skipped=skipped, workers=workers)
+        positions = [int(i) for step in steps for batch in step for i in batch["position"]]
+        assert positions == whole[3 * SEQS_PER_STEP : 7 * SEQS_PER_STEP]
+    ranks = [read(samples, rank, 2, micro=3, skipped=skipped) for rank in range(2)]
+    shared = [int(i) for both in zip(*ranks, strict=True) for step in both for b in step for i in b["position"]]
+    assert sorted(shared) == positions
+    resumed = read(samples, 0, 1, micro=3, skipped=skipped, start=5)
+    assert [int(i) for batch in resumed[0] for i in batch["position"]] == positions[2 * SEQS_PER_STEP :][:SEQS_PER_STEP]
+    assert int(unskipped(5 * SEQS_PER_STEP, skipped)) == whole[5 * SEQS_PER_STEP]
+
+
+def test_languages_keep_their_index_whatever_a_phase_draws(samples: Samples, corpus: Path) -> None:
+    changed = Samples(corpus, [Phase(0, {"de": 0.5, "fr": 0.5}, {}), Phase(100, {"mt": 1.0}, {})], SEQ_LEN, seed=5)
+    assert changed.languages == samples.languages == Manifest.load(corpus).languages(TRAIN)
+    before, after = changed.__getitems__(range(100)), changed.__getitems__(range(100, 200))
+    assert set(before["language"].tolist()) == {changed.languages.index(lang) for lang in ("de", "fr")}
+    assert set(after["language"].tolist()) == {changed.languages.index("mt")}
+
+
 def test_ranks_that_cannot_share_a_step_are_refused(samples: Samples) -> None:
     with pytest.raises(ValueError, match="24 sequences do not divide into 5 ranks x 1"):
         read(samples, 0, 5, 1)
 
 
 def test_an_epoch_of_a_language_holds_each_of_its_tokens_in_place(corpus: Path) -> None:
-    available = {"mt": Manifest.load(corpus).tokens_by_language(TRAIN)["mt"]}
-    cfg = MixtureConfig(rule=MixtureRule.unimax, max_epochs=9)
-    samples = Samples(corpus, plan_mixture(available, cfg, 3 * available["mt"]), SEQ_LEN, seed=1)
+    samples = Samples(corpus, [Phase(0, {"mt": 1.0}, {})], SEQ_LEN, seed=1)
     stem = Manifest.load(corpus).shards_of("mt", TRAIN)[0].stem
     tokens = np.asarray(Shard(corpus / stem).tokens).astype(np.int64)
     n = -(-len(tokens) // SEQ_LEN)
@@ -137,3 +168,48 @@ def test_documents_are_numbered_from_real_boundaries_across_shards_and_the_circl
 def test_samples_travel_to_another_process_without_their_files(samples: Samples) -> None:
     samples.__getitems__([0])
     assert samples._open and not samples.__getstate__()["_open"]
+
+
+def touched(corpus: Path, samples: Samples, positions: Sequence[int]) -> list[DocumentName]:
+    """By laying out the name of every token of a language."""
+    manifest, named = Manifest.load(corpus), {}
+    for language in samples.languages:
+        named[language] = [
+            DocumentName(entry.source, language, doc_id)
+            for entry in manifest.shards_of(language, TRAIN)
+            for doc_id, n_tokens in read_sidecar(corpus / entry.stem, "id", "n_tokens")
+            for _ in range(n_tokens)
+        ]
+    found, names = samples.order.locate(positions), []
+    for lang, sequence in zip(found.language, found.sequence, strict=True):
+        all_names, first = named[samples.languages[lang]], int(sequence) * samples.seq_len
+        names += [all_names[place % len(all_names)] for place in range(first, first + samples.seq_len)]
+    return list(dict.fromkeys(names))
+
+
+def test_documents_of_samples_are_named(corpus: Path, samples: Samples) -> None:
+    rng = np.random.default_rng(0)
+    for positions in ([7], range(24), rng.integers(0, 10_000, 50)):
+        found = samples.documents(positions)
+        assert found == touched(corpus, samples, positions)  # type: ignore[arg-type]
+        assert len(found) == len(set(found)) > 0
+    assert samples.documents([]) == []
+
+
+def test_documents_are_named_across_shards_and_around_the_circle(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    cfg = make_config([{"id": f"a/{i}", "lang": "de", "text": "Wort " * (i % 7 + 1)} for i in range(60)])
+    shutil.copy(tmp_path / "source.jsonl", tmp_path / "other.jsonl")
+    other = make_config([{"id": f"b/{i}", "lang": "de", "text": "zwei"} for i in range(20)]).corpus.sources["small"]
+    cfg.corpus.sources["first"] = cfg.corpus.sources["small"]
+    cfg.corpus.sources["first"].path = str(tmp_path / "other.jsonl")
+    cfg.corpus.sources["second"] = other
+    del cfg.corpus.sources["small"]
+    corpus = prepare(cfg)
+    for seq_len in (3, 16, 5000):
+        samples = Samples(corpus, [Phase(0, {"de": 1.0}, {})], seq_len, seed=1)
+        n = -(-Manifest.load(corpus).tokens_by_language(TRAIN)["de"] // seq_len)
+        for positions in (range(n), [n - 1], [0, 0, n]):
+            assert samples.documents(positions) == touched(corpus, samples, positions)
+        assert {name.source for name in samples.documents(range(n))} == {"first", "second"}

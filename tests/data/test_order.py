@@ -1,16 +1,20 @@
+import json
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import CYCLE, Order, OrderHash, Stream, permute
+from data.order import CYCLE, Order, OrderHash, Phase, Stream, permute, unskipped
+
+START = Phase(0, {"de": 0.7, "fr": 0.29, "mt": 0.01}, {})
 
 
-def order(seed: int = 1, **changes: object) -> Order:
-    streams = [Stream("de", 1000, 0.7, "hash-de"), Stream("fr", 37, 0.29, "hash-fr"), Stream("mt", 1, 0.01, "hash-mt")]
-    return Order([Stream(**(vars(s) | changes)) for s in streams], seed)  # type: ignore[arg-type]
+def order(*later: Phase, seed: int = 1, **changes: object) -> Order:
+    streams = [Stream("de", 1000, "hash-de"), Stream("fr", 37, "hash-fr"), Stream("mt", 1, "hash-mt")]
+    return Order([Stream(**(vars(s) | changes)) for s in streams], seed, [START, *later])  # type: ignore[arg-type]
 
 
 ORDER = order()
@@ -55,7 +59,8 @@ def test_a_language_keeps_its_share_in_every_stretch() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=40))
 def test_every_language_has_slots_and_together_they_fill_the_cycle(shares: list[float]) -> None:
-    built = Order([Stream(f"l{i}", 5, share, "") for i, share in enumerate(shares)], seed=3)
+    phase = Phase(0, {f"l{i}": share for i, share in enumerate(shares)}, {})
+    built = Order([Stream(lang, 5, "") for lang in phase.shares], 3, [phase])
     counts = np.bincount(built.locate(np.arange(CYCLE)).language, minlength=len(shares))
     wanted = np.array(shares) / sum(shares) * CYCLE
     assert counts.sum() == CYCLE and counts.min() >= 1
@@ -90,6 +95,86 @@ def test_the_order_is_fixed() -> None:
     assert located.sequence.tolist() == [756, 4, 728, 997, 175, 392]
     assert located.epoch.tolist() == [0, 0, 0, 0, 183, 700_000]
     assert located.sample_id[[0, -1]].tolist() == [7590576337871225762, 183307202098132149]
+    far = ORDER.locate([100, CYCLE - 1, CYCLE + 1, 3 * CYCLE + 77, 2**40 + 12345, 2**55 + 1])
+    assert far.sequence.tolist() == [816, 991, 19, 399, 25, 10]
+    assert far.epoch.tolist() == [0, 183, 2054, 550, 8617821142, 282388760022929]
+    positions, consumed = np.arange(2 * CYCLE + 5000), OrderHash(3)
+    located = ORDER.locate(positions)
+    consumed.add(positions, located.sample_id, located.language, 64)
+    assert consumed.hex == "b17a342d05353b7428e8da0dfb4d1410"
+    assert consumed.state[2:].tolist() == [23712128, 9823616, 338688]
+
+
+CHANGES = [
+    (1000, {"de": 0.1, "fr": 0.9}),
+    (1001, {"fr": 1.0}),
+    (CYCLE + 5, {"mt": 0.5, "fr": 0.25, "de": 0.25}),
+    (3 * CYCLE, {"de": 1.0, "fr": 0.0}),
+]
+
+
+def phased() -> Order:
+    later: list[Phase] = []
+    for position, shares in CHANGES:
+        later.append(Phase(position, shares, order(*later).visits(position)))
+    return order(*later)
+
+
+def test_a_language_goes_on_where_it_was_when_the_shares_change() -> None:
+    end = 4 * CYCLE
+    found, alone = phased().locate(np.arange(end)), ORDER.locate(np.arange(8 * CYCLE))
+    for k in range(2):
+        mine, expected = found.language == k, alone.language == k
+        n = mine.sum()
+        assert np.array_equal(found.sample_id[mine], alone.sample_id[expected][:n]), "no visit left out, none repeated"
+        assert np.array_equal(found.sequence[mine], alone.sequence[expected][:n])
+    mt = found.language == 2
+    assert found.epoch[mt].tolist() == list(range(mt.sum()))
+    assert len(set(found.sample_id.tolist())) == end
+
+
+def test_a_change_of_shares_leaves_what_is_past_and_holds_from_its_first_position() -> None:
+    found, before = phased().locate(np.arange(4 * CYCLE)), ORDER.locate(np.arange(1000))
+    assert all(np.array_equal(new[:1000], old) for new, old in zip(found, before, strict=True))
+    assert set(found.language[1001 : CYCLE + 5]) == {1}, "languages without a share have no slot"
+    assert set(found.language[3 * CYCLE :]) == {0}
+    counts = np.bincount(found.language[CYCLE + 5 : 2 * CYCLE + 5])
+    assert counts.tolist() == [CYCLE // 4, CYCLE // 4, CYCLE // 2]
+
+
+@pytest.mark.parametrize("position", [0, 1, 999, 1000, 1001, 1002, 5000, CYCLE, CYCLE + 5, 2 * CYCLE + 9, 4 * CYCLE])
+def test_visits_count_what_stands_before(position: int) -> None:
+    expected = np.bincount(phased().locate(np.arange(position)).language, minlength=3).tolist()
+    assert phased().visits(position) == dict(zip(("de", "fr", "mt"), expected, strict=True))
+
+
+def test_visits_of_a_position_far_out() -> None:
+    assert ORDER.visits(10**9 * CYCLE) == {"de": 183501 * 10**9, "fr": 76022 * 10**9, "mt": 2621 * 10**9}
+
+
+def test_phases_go_through_json() -> None:
+    phase = Phase(7, {"de": 1 / 3, "fr": 2 / 3}, {"de": 4, "fr": 3})
+    assert Phase(**json.loads(json.dumps(asdict(phase)))) == phase
+
+
+@pytest.mark.parametrize("starts", [[], [5], [0, 0], [0, 9, 8]])
+def test_phases_that_do_not_follow_one_another_are_refused(starts: list[int]) -> None:
+    with pytest.raises(ValueError, match="phases begin at 0"):
+        Order([Stream("de", 5, "")], 1, [Phase(start, {"de": 1.0}, {}) for start in starts])
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6)
+
+
+@given(LENGTHS)
+def test_unskipped_lists_just_the_positions_that_are_not_skipped(lengths: list[tuple[int, int]]) -> None:
+    skipped, end = [], 0
+    for gap, length in lengths:
+        skipped.append([end + gap, end + gap + length])
+        end += gap + length
+    expected = [i for i in range(end + 20) if not any(first <= i < last for first, last in skipped)]
+    assert unskipped(np.arange(len(expected)), skipped).tolist() == expected
+    assert [int(unskipped(k, skipped)) for k in range(len(expected))] == expected
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"content_hash": "other"}])
@@ -97,11 +182,6 @@ def test_seed_and_content_are_part_of_it(change: dict[str, object]) -> None:
     here, there = ORDER.locate(np.arange(2000)), order(**change).locate(np.arange(2000))  # type: ignore[arg-type]
     assert not set(here.sample_id) & set(there.sample_id) or "seed" in change
     assert np.array_equal(here.sequence, there.sequence) == ("seed" not in change)
-
-
-@pytest.mark.parametrize("change", [{"seed": 2}, {"content_hash": "other"}, {"share": 0.5}, {"n_sequences": 99}])
-def test_the_fingerprint_tells_one_order_from_another(change: dict[str, object]) -> None:
-    assert ORDER.fingerprint == order().fingerprint != order(**change).fingerprint  # type: ignore[arg-type]
 
 
 def test_sample_ids_are_unique() -> None:

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -13,10 +14,11 @@ import pytest
 
 from configs.compose import freeze
 from configs.errors import UserError
-from configs.schema import HoldoutConfig, RunConfig, TokenizerConfig
-from data.manifest import TRAIN, VALID, Manifest, verify
+from configs.schema import RunConfig
+from configs.text import HoldoutConfig, TokenizerConfig
+from data.manifest import TRAIN, VALID, Manifest, marks, verify, verify_files
 from data.pipeline import corpus_dir, corpus_key, language_table, prepare
-from data.shards import read_sidecar
+from data.shards import SUFFIXES, read_sidecar
 from data.tokenizer import Encoder
 
 PREPARE = """
@@ -68,14 +70,51 @@ def test_the_smoke_corpus_is_what_its_manifest_says(corpus: Path) -> None:
 @pytest.mark.parametrize("victim", ["shards/mt.udhr.train.bin", "shards/mt.udhr.valid.idx", "tokenizer/tokenizer.json"])
 def test_a_flipped_bit_is_named(corpus: Path, tmp_path: Path, victim: str) -> None:
     copied = shutil.copytree(corpus, tmp_path / "copy")
-    path, content = copied / victim, bytearray((copied / victim).read_bytes())
+    path, known = copied / victim, marks(copied)
+    content = bytearray(path.read_bytes())
+    before = hashlib.sha256(content).hexdigest()
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+    changed = [name for name, mark in marks(copied).items() if mark != known[name]]
+    assert changed == [victim]
+    verify_files(copied, known.keys() - {victim})
+    after = hashlib.sha256(content).hexdigest()
+    with pytest.raises(UserError, match=f"{path}: its sha256 is {after}, the manifest says {before}"):
+        verify_files(copied, changed)
     with pytest.raises(UserError, match=str(path)):
         verify(copied)
-    path.unlink()
-    with pytest.raises(UserError, match=str(path)):
+
+
+def test_marks_name_each_file_of_the_manifest_with_size_and_time(corpus: Path) -> None:
+    found = marks(corpus)
+    files = {
+        p.relative_to(corpus).as_posix(): p.stat() for d in ("shards", "tokenizer") for p in (corpus / d).iterdir()
+    }
+    assert found == {name: [info.st_size, info.st_mtime_ns] for name, info in files.items()}
+    assert len(found) > 48 * 3
+
+
+def test_files_that_vanished_are_named_together(corpus: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(corpus, tmp_path / "copy")
+    n_files, gone = len(marks(corpus)), [f"shards/bg.udhr.train{suffix}" for suffix in SUFFIXES]
+    for name in gone[:2]:
+        (copied / name).unlink()
+    with pytest.raises(UserError, match=f"2 of {n_files} files in {copied}: {gone[0]}: No such file.*; {gone[1]}: "):
+        marks(copied)
+    with pytest.raises(UserError, match=gone[1]):
+        verify_files(copied, gone[1:])
+    shutil.rmtree(copied / "tokenizer")
+    (copied / gone[2]).unlink()
+    with pytest.raises(UserError, match=r"; and \d more") as error:
         verify(copied)
+    assert "restore the file" in error.value.repair and "marathon data" in error.value.repair
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": []}', '{"shards": [{"stem": "a"}]}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path / "manifest.json")):
+        Manifest.load(tmp_path)
 
 
 def test_a_complete_corpus_is_returned_at_once(corpus: Path, smoke_config: RunConfig) -> None:

@@ -1,12 +1,15 @@
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.shards import SUFFIXES, Shard, ShardWriter, read_sidecar
+from configs.errors import UserError
+from data.shards import SUFFIXES, Shard, ShardWriter, document_ids, read_sidecar
 
 TEXTS = ["eins", "zwölf", "x"]
 IDS = [[5, 6, 7], [8], []]
@@ -58,6 +61,9 @@ def test_boundaries_are_those_of_the_documents(tmp_path: Path, ids: list[list[in
     end = data.draw(st.integers(first, len(shard.tokens)))
     starts = np.cumsum([0, *map(len, documents)])[:-1]
     assert shard.starts_between(first, end).tolist() == [s for s in starts if first < s < end]
+    if first < end:
+        owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+        assert list(shard.rows_between(first, end)) == sorted(set(owner[first:end].tolist()))
 
 
 def test_a_shard_is_complete_or_absent(tmp_path: Path) -> None:
@@ -74,10 +80,53 @@ def test_a_token_that_does_not_fit_its_type_is_not_wrapped(tmp_path: Path) -> No
         writer.add("doc", "source", "x", [70_000])
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "damage", "said"),
+    [
+        (".idx", lambda b: b[:17] + b"\x05" + b[18:], "not an index"),
+        (".idx", lambda b: b[:20], "unpack requires a buffer"),
+        (".idx", lambda b: b[:-1], "101 bytes, where the index tells of 102"),
+        (".bin", lambda b: b[:-2], "18 bytes, where the index tells of 20"),
+        (".bin", lambda b: b"", "0 bytes, where"),
+        (".bin", None, "No such file"),
+        (".idx", None, "No such file"),
+    ],
+)
+def test_a_damaged_shard_is_named(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes] | None, said: str
+) -> None:
     write(tmp_path / "a", IDS)
-    index = bytearray((tmp_path / "a.idx").read_bytes())
-    index[17] = 5
-    (tmp_path / "a.idx").write_bytes(index)
-    with pytest.raises(ValueError, match=r"a\.idx is not"):
+    path = tmp_path / f"a{suffix}"
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(UserError, match=rf"{path}: .*{said}") as error:
         Shard(tmp_path / "a")
+    assert "marathon data" in error.value.repair
+
+
+def test_ids_are_read_from_their_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.SIDECAR_ROWS", 10)
+    write(tmp_path / "a", [[5]] * 35)
+    assert document_ids(tmp_path / "a", [34, 0, 9, 10, 0]) == {i: f"doc/{i}" for i in (34, 0, 9, 10)}
+    assert document_ids(tmp_path / "a", []) == {}
+    path = tmp_path / "a.docs.parquet"
+    with pq.ParquetFile(path) as file:
+        assert file.num_row_groups == 4
+        column = file.metadata.row_group(1).column(0)
+    content, start = bytearray(path.read_bytes()), column.dictionary_page_offset
+    content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    assert document_ids(tmp_path / "a", [9, 20]) == {9: "doc/9", 20: "doc/20"}
+    with pytest.raises(UserError, match=str(path)):
+        document_ids(tmp_path / "a", [15])
+
+
+def test_a_sidecar_that_lacks_documents_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a", IDS)
+    with pytest.raises(UserError, match=r"a\.docs\.parquet: 3 rows, fewer than"):
+        document_ids(tmp_path / "a", [1, 3])
+    (tmp_path / "a.docs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a\.docs\.parquet"):
+        document_ids(tmp_path / "a", [1])

@@ -11,7 +11,8 @@ import pytest
 
 from configs.enums import SourceFormat
 from configs.errors import UserError
-from configs.schema import RunConfig, SourceConfig
+from configs.schema import RunConfig
+from configs.text import SourceConfig
 from data.pipeline import documents
 from data.quarantine import EARLY_STOP_RECORDS, Quarantine
 from data.sources import Document
@@ -149,7 +150,7 @@ from pathlib import Path
 import datasets
 from configs.enums import SourceFormat
 from configs.errors import UserError
-from configs.schema import SourceConfig
+from configs.text import SourceConfig
 from data.quarantine import Quarantine
 from data.sources import read_documents
 root = Path(sys.argv[1])

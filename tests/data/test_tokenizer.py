@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import TokenizerConfig
+from configs.text import TokenizerConfig
 from data.files import find_files, read_lines
 from data.tokenizer import Encoder, count_words, export, train
 

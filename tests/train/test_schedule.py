@@ -1,7 +1,6 @@
 """Learning rate, portions of a step, and what stops a run."""
 
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,11 +9,8 @@ from hypothesis import strategies as st
 
 from configs.compose import compose
 from configs.enums import ScheduleName
-from configs.errors import UserError
 from configs.schema import OptimConfig, ScheduleConfig
-from ledger.record import Ledger
 from train.batch import step_shape
-from train.faults import check_finite, refuse_restart_loop
 from train.schedule import learning_rate
 
 OPTIM = OptimConfig(lr=1.0)
@@ -67,27 +63,3 @@ def test_a_step_is_shared_out_whole(world, largest):
     shape = step_shape(cfg)
     assert shape.micro_batch_seqs <= largest
     assert shape.micro_batch_seqs * shape.accumulation_steps * world == cfg.train.seqs_per_step == shape.seqs_per_step
-
-
-def test_a_gradient_that_is_not_a_number_stops_the_run():
-    check_finite(1, 3.5)
-    for value in (math.nan, math.inf):
-        with pytest.raises(UserError, match="in step 7"):
-            check_finite(7, value)
-
-
-def test_a_run_that_dies_twice_without_progress_is_refused_once(tmp_path):
-    ledger = Ledger(tmp_path)
-    for _ in range(2):
-        refuse_restart_loop(tmp_path, 10)
-        ledger.append("train_start", step=10)
-    with pytest.raises(UserError, match="2 starts at step 10"):
-        refuse_restart_loop(tmp_path, 10)
-    refuse_restart_loop(tmp_path, 10)
-    ledger.append("train_start", step=10)
-    ledger.append("checkpoint", step=20)
-    ledger.append("train_start", step=20)
-    refuse_restart_loop(tmp_path, 20)
-    ledger.append("train_start", step=20)
-    with pytest.raises(UserError):
-        refuse_restart_loop(tmp_path, 20)

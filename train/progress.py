@@ -1,0 +1,54 @@
+"""What a run has behind it: with weights, moments and random states, all that a resume needs."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data.order import Phase
+
+
+@dataclass
+class Progress:
+    """Stands in the manifest of every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done, those with a gradient that was not finite included."""
+    updates: int = 0
+    """Steps whose gradient was applied: what AdamW counts."""
+    tokens: int = 0
+    """Tokens trained on, repetitions counted."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+    order_state: list[int] = field(default_factory=list)
+    """`data.order.OrderHash.state` summed over all ranks: a proof of what was consumed, whoever consumed it."""
+    order_hash: str = ""
+    """The same proof as hexadecimal digits."""
+    consumed: dict[str, int] = field(default_factory=dict)
+    """Tokens by language."""
+    phases: list[Phase] = field(default_factory=list)
+    """The mixture, and from which position on; see data/order.py."""
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges of positions left out after loss spikes, sorted."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, for finding spikes."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps whose gradient was not finite."""
+    rewinds: int = 0
+    """How often the run has gone back after a spike."""
+    flops: float = 0.0
+    """Operations of forward and backward so far."""
+    device_s: float = 0.0
+    """Seconds of stepping so far, times devices."""
+    ledger_bytes: int = 0
+    """Length of the ledger when this was saved."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Progress":
+        """From the entry of a manifest."""
+        progress = cls(**found)
+        progress.phases = [Phase(**phase) for phase in found["phases"]]
+        progress.skipped = [(first, end) for first, end in found["skipped"]]
+        return progress

@@ -1,0 +1,151 @@
+"""Before the first step: does this engine, on this machine, compute the gradient that it should?
+
+Versions of DeepSpeed have dropped micro batches, scaled gradients twice, or raced with a reduction, in silence and
+only in some layouts. So every new layout takes one step on two small batches, and what has reached its optimizer
+is compared with the gradient of one process in fp32. Then the checkpoint is read back, and nothing has happened.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.enums import Precision
+from configs.errors import UserError
+from configs.schema import RunConfig
+from ledger.record import Ledger, gap
+from model.decoder import Decoder
+from model.flops import count_parameters
+from model.loss import next_token_labels, summed_cross_entropy
+from model.weights import FragmentReader
+from train import checkpoint
+from train.batch import step_shape
+from train.dist import Rank
+from train.engine import Engine
+
+TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1}
+"""Largest relative error of one parameter's gradient. Measured on the layouts of tests/train/test_selftest.py: at
+most 2e-5 and 3e-2; a gradient that lacks a micro batch or a rank is off by 0.3 or more."""
+TEST_TOKENS = 256
+"""Length of the two sequences at the most: a reference on the host has to be cheap for billions of parameters."""
+
+
+def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_rows: int, whole: Path) -> None:
+    """Compares gradients unless the ledger says that this layout has been; leaves engine and run as in `whole`.
+
+    Raises:
+        UserError: a gradient is off by more than `TOLERANCE`; names the worst parameters.
+    """
+    ledger, layout = Ledger(run_dir), _layout(cfg, engine)
+    if rank.tell(ledger.last("self_test", layout=layout) is not None):
+        return
+    needed, there = 8 * count_parameters(cfg.model, vocab_rows), _available_bytes()
+    if rank.tell(needed > 0.8 * there):
+        if rank.is_first:
+            found = f"the reference takes {needed / 2**30:.0f} GiB of host memory, {there / 2**30:.0f} are free"
+            ledger.append("self_test", layout=layout, error=gap(found))
+            print(f"no self-test: {found}", flush=True)
+        return
+    reader = FragmentReader(whole)
+    engine.fill(reader, updates=0)
+    batches = [_batch(seed, cfg, vocab_rows) for seed in (1, 2)]
+    accumulation_steps = step_shape(cfg).accumulation_steps
+    # Neighbours differ, and so do the first and last micro batch of a rank: whatever is lost changes the mean.
+    turns = [turn % 2 for turn in range(rank.world_size * accumulation_steps)]
+    for turn in turns[rank.rank * accumulation_steps :][:accumulation_steps]:
+        engine.backward(*batches[turn])
+    norm, applied = engine.step(cfg.optim.lr)
+    shares = [turns.count(turn) / len(turns) for turn in (0, 1)]
+    reference = _reference(cfg, vocab_rows, reader, batches, shares) if rank.is_first else None
+    scale = (1 - cfg.optim.beta1) * min(1.0, cfg.optim.grad_clip / norm) if applied else math.nan
+    errors = _relative_errors(engine, rank, reference, scale)
+    checkpoint.restore(whole, engine, rank, cfg.seed)
+    worst = max(errors, key=errors.__getitem__)
+    if rank.is_first:
+        ledger.append("self_test", layout=layout, error=errors[worst], tolerance=TOLERANCE[cfg.engine.precision])
+        print(f"self-test: gradients agree with one process in fp32 to {errors[worst]:.1e}", flush=True)
+    rank.first_does(lambda: _refuse(errors, TOLERANCE[cfg.engine.precision]))
+
+
+def _layout(cfg: RunConfig, engine: Engine) -> dict[str, Any]:
+    settings = cfg.engine
+    return {
+        "world_size": cfg.cluster.world_size,
+        "accumulation_steps": step_shape(cfg).accumulation_steps,
+        "zero_stage": settings.zero_stage,
+        "precision": settings.precision.value,
+        "comm_precision": settings.comm_precision.value,
+        "compile": settings.compile,
+        "cluster": cfg.cluster.name,
+        "deepspeed": engine.version,
+        "torch": torch.__version__,
+    }
+
+
+def _batch(seed: int, cfg: RunConfig, vocab_rows: int) -> tuple[Tensor, Tensor]:
+    """One sequence of two documents, [1, T + 1] each."""
+    n = min(cfg.train.seq_len, TEST_TOKENS) + 1
+    tokens_BT1 = torch.randint(vocab_rows, (1, n), generator=torch.Generator().manual_seed(seed))
+    doc_BT1 = (torch.arange(n) >= n // (seed + 1)).int()[None]
+    return tokens_BT1, doc_BT1
+
+
+def _reference(
+    cfg: RunConfig, vocab_rows: int, reader: FragmentReader, batches: list[tuple[Tensor, Tensor]], shares: list[float]
+) -> list[Tensor]:
+    """Gradients by the plainest way there is: one process, fp32, on the host, this file and autograd."""
+    with torch.device("meta"):
+        decoder = Decoder(cfg.model, vocab_rows)
+    decoder.to_empty(device="cpu")
+    reader.read_into(decoder)
+    for (tokens_BT1, doc_BT1), share in zip(batches, shares, strict=True):
+        labels_BT = next_token_labels(tokens_BT1, doc_BT1)
+        hidden_BTD = decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
+        nats = summed_cross_entropy(hidden_BTD, decoder.output_weight, labels_BT)
+        torch.autograd.backward(share * nats / labels_BT.numel())
+    return [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
+
+
+def _relative_errors(engine: Engine, rank: Rank, reference: list[Tensor] | None, scale: float) -> dict[str, float]:
+    """By parameter: the norm of the difference over the norm of the reference.
+
+    A gradient far smaller than the others is measured against a thousandth of theirs.
+    """
+    mine: dict[str, list[tuple[int, Tensor]]] = {}
+    for fragment in engine.fragments():
+        mine.setdefault(fragment.name, []).append((fragment.start, fragment.tensors["exp_avg"]))
+    squares = []
+    for index, (name, shape) in enumerate(engine.shapes.items()):
+        expected = torch.empty(math.prod(shape)) if reference is None else reference[index].flatten()
+        expected = rank.broadcast(expected)
+        off = sum(
+            float((moment / scale - expected[start : start + moment.numel()]).double().square().sum())
+            for start, moment in mine.get(name, [])
+        )
+        squares.append((off, float(expected.double().square().sum())))
+    off_squares = rank.sum([off for off, _ in squares])
+    whole = sum(square for _, square in squares)
+    return {
+        name: math.sqrt(off / max(square, 1e-6 * whole))
+        for name, off, (_, square) in zip(engine.shapes, off_squares, squares, strict=True)
+    }
+
+
+def _refuse(errors: dict[str, float], tolerance: float) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        worst = sorted(wrong, key=lambda name: -wrong[name])[:4]
+        raise UserError(
+            f"the engine's gradients are off in {len(wrong)} of {len(errors)} parameters: "
+            + ", ".join(f"{name} by {wrong[name]:.2g}" for name in worst),
+            f"at most {tolerance:g} from those of one process in fp32",
+            "another version of DeepSpeed or torch, another engine.zero_stage, or engine.compile=false; "
+            "train.self_test=false trains all the same",
+        )
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
