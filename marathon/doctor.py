@@ -28,7 +28,7 @@ from data.manifest import verify
 from data.pipeline import corpus_dir
 from marathon import placement
 from marathon.outcome import Outcome, Status, does_not_apply, failed, passed, warned
-from marathon.plan import checkpoint_bytes, checkpoints_on_disk
+from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 DISTRIBUTION = "marathon-llm"
 KNOWN_BAD = (
@@ -140,7 +140,7 @@ def check_scratch(cfg: RunConfig) -> Outcome:
 
 def check_space(cfg: RunConfig) -> Outcome:
     """Free space against the checkpoints that are still to be written."""
-    folder, needed = _existing(Path(cfg.cluster.scratch)), checkpoints_on_disk(cfg) * checkpoint_bytes(cfg)
+    folder, needed = _existing(Path(cfg.cluster.scratch)), checkpoints_on_disk(cfg.train) * checkpoint_bytes(cfg)
     written = sum(f.stat().st_size for f in (run_dir(cfg) / "checkpoints").rglob("*") if f.is_file())
     free, to_come = shutil.disk_usage(folder).free, max(needed - written, 0)
     found = f"{free / 2**30:,.1f} GiB free, {to_come / 2**30:,.1f} GiB of checkpoints to come; quotas do not show here"

@@ -7,9 +7,14 @@ from configs.schema import ModelConfig, RunConfig
 from model.decoder import padded_rows
 from model.flops import count_parameters, flops_per_token
 from train.batch import step_shape
+from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 ASSUMED_MFU = 0.35
 """For the estimate of time only; published runs on these machines reach 0.25 to 0.6."""
+
+
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default for ZeRO-3."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,20 @@ class Memory:
 def device_memory(cfg: RunConfig) -> Memory:
     """Estimates memory of one device.
 
-    Weights stay whole. ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; ZeRO-2 keeps its
-    share in fp32 and passes the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and
-    two moments in fp32) are shared out over all devices. No activations are recomputed.
+    Weights stay whole, but for ZeRO-3, which keeps its share and up to 1e9 parameters that are in use (DeepSpeed's
+    `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others keep their
+    share in fp32 and pass the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and two
+    moments in fp32) are shared out over all devices. No activations are recomputed.
     """
     rows = padded_rows(cfg.tokenizer.vocab_size)
     parameters = count_parameters(cfg.model, rows)
-    world, sharded = cfg.cluster.world_size, cfg.engine.zero_stage == 2
+    world, stage = cfg.cluster.world_size, cfg.engine.zero_stage
     bytes_each = 4 if cfg.engine.precision is Precision.fp32 else 2
     tokens = step_shape(cfg).micro_batch_seqs * cfg.train.seq_len
     whole_gradients = parameters * (4 if bytes_each == 4 else 6)
     return Memory(
-        weights=parameters * bytes_each,
-        gradients=parameters * 4 / world if sharded else whole_gradients,
+        weights=bytes_each * (parameters if stage < 3 else parameters / world + min(parameters, MAX_LIVE_PARAMETERS)),
+        gradients=parameters * 4 / world if stage > 1 else whole_gradients,
         optimizer=parameters * 12 / world,
         buckets=min(cfg.engine.bucket_elements, parameters) * 4 * 2,
         activations=tokens * activation_bytes_per_token(cfg.model, bytes_each),
@@ -85,7 +91,7 @@ def plan_text(cfg: RunConfig) -> str:
         f"memory        of one device, ZeRO-{cfg.engine.zero_stage}, {cfg.engine.precision.value}:",
         *(f"  {name:<12}{size / 2**30:>9.2f} GiB" for name, size in vars(memory).items()),
         f"  {'total':<12}{memory.total / 2**30:>9.2f} GiB of {cfg.cluster.device_memory_gib:.0f} GiB",
-        f"disk          {checkpoints_on_disk(cfg)} checkpoints of {checkpoint_bytes(cfg) / 2**30:,.2f} GiB",
+        f"disk          {checkpoints_on_disk(cfg.train)} checkpoints of {checkpoint_bytes(cfg) / 2**30:,.2f} GiB",
     ]
     if memory.total > cfg.cluster.device_memory_gib * 2**30:
         lines.append("WARNING       this does not fit: train.max_micro_batch_seqs=1, engine=zero2, or more devices")
@@ -100,14 +106,3 @@ def _time_line(cfg: RunConfig, flops: float) -> str:
         f"time          {device_hours:,.0f} device-hours, {device_hours / cfg.cluster.world_size:,.1f} hours, at an "
         f"assumed MFU of {ASSUMED_MFU:.0%} of {cfg.cluster.peak_tflops} TFLOP/s"
     )
-
-
-def checkpoint_bytes(cfg: RunConfig) -> int:
-    """Bytes of one checkpoint: master weight and two moments in fp32 for each parameter."""
-    return 12 * count_parameters(cfg.model, padded_rows(cfg.tokenizer.vocab_size))
-
-
-def checkpoints_on_disk(cfg: RunConfig) -> int:
-    """Checkpoints at the most: all, or step 0, those that are kept, and the one being written beside them."""
-    written = 1 + -(-cfg.train.steps // cfg.train.save_every_steps)
-    return min(written, 2 + cfg.train.keep_checkpoints) if cfg.train.keep_checkpoints else written

@@ -48,6 +48,7 @@ class Saver:
         self.blocked_s = 0.0
         """How long the loop stood still for the last snapshot."""
         self._staging = Staging(rank.device)
+        self._staging.copy(engine)  # takes the memory now and not while the loop waits
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._part: Future[None] | None = None
         self._commit: Future[Path] | None = None

@@ -55,7 +55,7 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["engine.precision=bf17"], "bf17", "must fit its field"),
         (["train.tokens_per_step=4000"], "4000", "train.tokens_per_step=4096"),
         (["cluster.devices_per_node=3"], "16 sequences over 3 devices", "train.tokens_per_step=4608"),
-        (["engine.zero_stage=3"], "engine.zero_stage = 3", "1 and 2 are supported"),
+        (["engine.zero_stage=4"], "engine.zero_stage = 4", "1, 2 and 3 are supported"),
         (["name=a/b"], "name = 'a/b'", "letters, digits"),
         (["optim.lr=-1"], "optim.lr = -1", "greater than 0"),
         (["engine.comm_precision=bf16"], "comm_precision = bf16", "engine.comm_precision=fp32"),

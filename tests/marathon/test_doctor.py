@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from data.pipeline import prepare
 from marathon import doctor, placement
 from marathon.doctor import Check, print_checks, run_doctor
-from marathon.plan import checkpoint_bytes, checkpoints_on_disk
+from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 LUMI_MASKS = (
     "0xfe000000000000,0xfe00000000000000,0xfe0000,0xfe000000,0xfe,0xfe00,0xfe00000000,0xfe0000000000"  # user guide
@@ -268,8 +268,8 @@ def test_space_counts_what_is_kept_and_what_is_there(tmp_path: Path) -> None:
     every = with_scratch(tmp_path, "train.save_every_steps=10")
     few = with_scratch(tmp_path, "train.save_every_steps=10", "train.keep_checkpoints=2")
     steps = every.train.steps
-    assert checkpoints_on_disk(every) == 1 + steps // 10
-    assert checkpoints_on_disk(few) == 4, "step 0, two kept, one being written"
+    assert checkpoints_on_disk(every.train) == 1 + steps // 10
+    assert checkpoints_on_disk(few.train) == 4, "step 0, two kept, one being written"
     assert doctor.check_space(few)[0] == "pass"
 
 
@@ -282,7 +282,7 @@ def test_too_little_space_fails_until_it_has_been_written(tmp_path: Path) -> Non
     checkpoints = tmp_path / "runs" / big.name / "checkpoints"
     checkpoints.mkdir(parents=True)
     with (checkpoints / "weights").open("wb") as file:
-        file.truncate(checkpoints_on_disk(big) * checkpoint_bytes(big))  # sparse: it takes no room
+        file.truncate(checkpoints_on_disk(big.train) * checkpoint_bytes(big))  # sparse: it takes no room
     assert doctor.check_space(big)[0] == "pass"
 
 
