@@ -10,7 +10,10 @@ from configs.errors import UserError
 
 GROUPS = Path(__file__).resolve().parent.parent / "configs"
 
-COMMANDS = ("run", "data", "train", "eval", "release", "plan", "doctor", "report", "configs", "freeze", "completion")
+COMMANDS = (
+    "run", "data", "train", "eval", "release",
+    "plan", "doctor", "move", "report", "configs", "freeze", "completion",
+)  # fmt: skip
 
 SCRIPTS = {
     "bash": """_marathon() {
@@ -67,8 +70,9 @@ def _groups() -> list[str]:
 
 
 def _settings() -> list[str]:
-    """Dotted names of all settings, read from the schema's source."""
-    tree = ast.parse((GROUPS / "schema.py").read_text(encoding="utf-8"))
+    """Dotted names of all settings, read from the schema's sources."""
+    sources = [(GROUPS / name).read_text(encoding="utf-8") for name in ("text.py", "schema.py")]
+    tree = ast.parse("\n".join(sources))
     classes = {
         node.name: [
             (item.target.id, ast.unparse(item.annotation))

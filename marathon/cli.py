@@ -29,6 +29,7 @@ stages, each restartable and skipped when complete
 beside them
   plan     what a run needs: parameters, FLOPs, memory, tokens, steps
   doctor   whether this machine is ready for it
+  move     RUN --to FOLDER_OR_URL: take a run to another machine, by folder, sftp:// or s3://
   report   one offline HTML page of the run: loss, languages, mixture, throughput
   configs  the experiments, models, clusters and other groups there are
   freeze   compose and check once, print the run's folder; job scripts do this
@@ -114,6 +115,20 @@ def doctor(overrides: list[str]) -> int:
     return print_checks(run_doctor(compose(overrides) if overrides else None))
 
 
+def move(arguments: list[str]) -> int:
+    """Takes a run to another place."""
+    from marathon.move import move as move_run
+
+    if len(arguments) != 3 or arguments[1] != "--to":
+        raise UserError(
+            f"marathon move {' '.join(arguments)}",
+            "what is moved and where to are given",
+            "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER",
+        )
+    move_run(arguments[0], arguments[2])
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Writes the page of a run, given as its folder or as overrides."""
     from configs.compose import compose, run_dir
@@ -165,6 +180,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
     from eval.suites import require_families
     from ledger import host
     from ledger.record import Ledger
+    from marathon.stages import moved_to
 
     cfg = compose(overrides)
     require_families(cfg.suite)
@@ -188,6 +204,8 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
             "what decides weights and order of samples stays as the run began",
             f"name={cfg.name}-2 for a new run, or leave them as they were",
         )
+    if place := moved_to(folder):
+        print(f"warning: run {cfg.name} was moved to {place}; what is done here stays here", file=sys.stderr)
     if frozen.exists() and not changes:
         return cfg, folder
     freeze(cfg, frozen)
@@ -222,6 +240,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "release": _one_stage("release"),
     "plan": plan,
     "doctor": doctor,
+    "move": move,
     "report": report,
     "configs": configs,
     "freeze": freeze,

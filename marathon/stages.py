@@ -5,6 +5,7 @@ So a changed corpus, suite or checkpoint runs it again, and nothing else does. L
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,7 @@ def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
         UserError: an earlier stage has yet to run.
     """
     if stage == "data":
-        from data.pipeline import corpus_key
-
-        return {"corpus_key": corpus_key(cfg)}
+        return _inputs_of_data(cfg, run_dir)
     corpus_hash = prepared_corpus(run_dir)["corpus_hash"]
     if stage == "train":
         return {"corpus_hash": corpus_hash, "settings": settings_hash(cfg)}
@@ -66,28 +65,58 @@ def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
 def is_done(stage: str, inputs: dict[str, Any], run_dir: Path) -> bool:
     """Whether the newest record of the stage has these inputs and its outputs are there."""
     record = Ledger(run_dir).last("stage", stage=stage)
-    return record is not None and record["inputs"] == inputs and all(Path(p).exists() for p in record["outputs"])
+    if record is None or record["inputs"] != inputs:
+        return False
+    return all(Path(os.path.normpath(run_dir / path)).exists() for path in record["outputs"])
 
 
 def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[Path]) -> None:
     """Records a stage with what it was given and what it left."""
-    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=[str(p) for p in outputs])
+    # Relative, since a run may move to another machine.
+    relative = [os.path.relpath(path, run_dir) for path in outputs]
+    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=relative)
 
 
 def prepared_corpus(run_dir: Path) -> dict[str, Any]:
-    """The ledger's newest `corpus` record: `path`, `corpus_hash` and what the corpus holds.
+    """The ledger's newest `corpus` record: `path` on this machine, `corpus_hash` and what the corpus holds.
 
     Raises:
         UserError: the data stage has yet to run.
     """
     record = Ledger(run_dir).last("corpus")
-    if record is None or not Path(record["path"]).exists():
+    # The record names the folder of the machine that prepared it; the corpus stands under the run's own scratch folder.
+    path = Path(os.path.abspath(run_dir)).parents[1] / "corpora" / Path(record["path"]).name if record else None
+    if record is None or path is None or not (path / "manifest.json").exists():
         raise UserError(
             f"{run_dir} has no prepared corpus",
             "training, evaluation and release read what `marathon data` prepares",
             "run `marathon data` with the same arguments, or `marathon run` for all stages",
         )
-    return record
+    return {**record, "path": str(path)}
+
+
+def moved_to(run_dir: Path) -> str | None:
+    """Where the run has been moved to, if it has not gone on here since; None otherwise."""
+    newest = None
+    for record in Ledger(run_dir).read():
+        if record["event"] in ("moved", "arrived", "train_start"):
+            newest = record
+    return newest["to"] if newest and newest["event"] == "moved" else None
+
+
+def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
+    from data.pipeline import corpus_key
+
+    try:
+        return {"corpus_key": corpus_key(cfg)}
+    except UserError:
+        # The sources may have stayed on another machine. A run with checkpoints keeps the settings of its corpus, so
+        # what was prepared from them still is what is asked for.
+        record = Ledger(run_dir).last("stage", stage="data")
+        if record is None or not _manifests(run_dir) or not is_done("data", record["inputs"], run_dir):
+            raise
+        inputs: dict[str, Any] = record["inputs"]
+        return inputs
 
 
 def _manifests(run_dir: Path) -> list[Path]:

@@ -30,8 +30,12 @@ def test_no_module_bears_a_name_that_says_nothing_or_shadows_a_room():
         assert path.stem not in FORBIDDEN | set(ROOMS), path
 
 
+SCHEMA = [ROOT / "configs" / name for name in ("text.py", "schema.py")]
+SETTINGS = "\n".join(path.read_text(encoding="utf-8") for path in SCHEMA)
+
+
 def test_every_setting_has_its_meaning_beneath():
-    tree = ast.parse((ROOT / "configs" / "schema.py").read_text(encoding="utf-8"))
+    tree = ast.parse(SETTINGS)
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, [*node.body[1:], None], strict=True):
@@ -42,16 +46,15 @@ def test_every_setting_has_its_meaning_beneath():
 
 def test_every_setting_is_read_somewhere():
     """A field counts as read where `.name` stands outside the schema, or in a property of it."""
-    schema = (ROOT / "configs" / "schema.py").read_text(encoding="utf-8")
-    elsewhere = "\n".join(p.read_text(encoding="utf-8") for p in PRODUCT if p.name != "schema.py")
+    elsewhere = "\n".join(p.read_text(encoding="utf-8") for p in PRODUCT if p not in SCHEMA)
     properties = "\n".join(
         ast.unparse(node)
-        for node in ast.walk(ast.parse(schema))
+        for node in ast.walk(ast.parse(SETTINGS))
         if isinstance(node, ast.FunctionDef) and node.name != "__post_init__"
     )
     unread = [
         f"{node.name}.{field.target.id}"
-        for node in ast.walk(ast.parse(schema))
+        for node in ast.walk(ast.parse(SETTINGS))
         if isinstance(node, ast.ClassDef)
         for field in node.body
         if isinstance(field, ast.AnnAssign) and not re.search(rf"\.{field.target.id}\b", elsewhere + properties)

@@ -1,0 +1,276 @@
+"""Moves a run to another machine, or into a pack from which another machine takes it.
+
+What arrives is laid out as a scratch folder is: `runs/NAME` with the newest whole checkpoint, and the `corpora/KEY` it
+trains on. Each file is read back and compared with its hash before it gets its name. Config and ledger follow the
+rest, so that nothing half moved looks like a run; last comes `runs/NAME/moved.json`, the list of all files.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from configs.errors import UserError
+from data.manifest import MANIFEST, Manifest, marks
+from data.manifest import verify_files as verify_corpus
+from data.shards import SUFFIXES
+from ledger.progress import Progress
+from ledger.record import Ledger
+from marathon.places import ARRIVING, File, Place
+from marathon.stages import CHECKPOINTS, prepared_corpus
+from model.weights import file_sha256, list_checkpoints, read_manifest, verify_files
+
+LIST, PARTIAL_LIST = "moved.json", ".moving.json"
+"""Of all files that arrived, and of those that have so far."""
+LIST_EVERY_S = 5.0
+"""A killed move sends again what it finished since the last list, and the file it was in."""
+TEXTS = ("metrics.jsonl", "config.yaml", "ledger.jsonl")
+"""They grow while a run goes on: sent as they are at the end, the ledger last."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a run consists of; files by path below a scratch folder, in the order of sending."""
+
+    checkpoint: str
+    """runs/NAME/checkpoints/step-…"""
+    corpus: str
+    """corpora/KEY"""
+    corpus_hash: str
+    files: dict[str, File]
+    """All but `texts`."""
+    texts: dict[str, File] = field(default_factory=dict)
+    """Where they come from a pack, which says what they have to be."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all `files`."""
+        return sum(file.n_bytes for file in self.files.values())
+
+
+def move(given: str, to: str) -> None:
+    """Brings a run and its corpus to the scratch folder or pack `to`; goes on where it was interrupted.
+
+    Args:
+        given: A run's folder, its name under the scratch folder, or the URL of a pack.
+        to: A folder or URL.
+
+    Raises:
+        UserError: there is no such run or place; a file is damaged; the run has a history of its own over there; a
+            file system, network or server refuses.
+    """
+    source, name = _find_run(given)
+    target, run = Place(to), f"runs/{name}"
+    if str(source) == str(target):
+        raise UserError(f"--to {target}", "the run is there already", "--to another folder or URL")
+    if not (source.is_local or target.is_local):
+        raise UserError(f"from {source} to {target}", "one of both is on this machine", "move it here first")
+    with tempfile.TemporaryDirectory() as desk:
+        ledger = _copy_ledger(source, run, Path(desk) / "ours")
+        _require_known_history(ledger, _copy_ledger(target, run, Path(desk) / "theirs"), target, run)
+        pack = _look_through(source, run) if source.is_local else _read_list(source, run)
+        pack, arrived = _look_over_there(target, run, pack, Path(desk))
+        n_bytes = _send(source, target, run, pack, arrived)
+        _hand_over(source, target, run, pack, Path(desk))
+    first = (
+        f"export MARATHON_SCRATCH={target.root}" if target.renames else f"marathon move {target} --to SCRATCH_FOLDER"
+    )
+    print(
+        f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, {n_bytes / 1e6:,.1f} MB of "
+        f"{pack.n_bytes / 1e6:,.1f} MB sent, the others were there\n"
+        f"over there, in a checkout of Marathon:\n  {first}\n"
+        f"  marathon run name={name} …      the other arguments as here, cluster.* and engine.* as you like"
+    )
+
+
+def _find_run(given: str) -> tuple[Place, str]:
+    if "://" not in given:
+        by_name = Path(os.environ.get("MARATHON_SCRATCH", "scratch")) / "runs" / given
+        given = os.path.abspath(given if os.path.isdir(given) and not by_name.is_dir() else by_name)
+    root, found, name = given.rstrip("/").rpartition("/runs/")
+    place = Place(root if found else given)
+    there = [path.split("/")[1] for path in place.glob("runs/*/config.yaml")]
+    if not found and len(there) == 1:
+        name = there[0]
+    if name not in there:
+        raise UserError(
+            f"no run {name if found else 'named'} in {place}; there: {', '.join(there) or 'none'}",
+            "a run is given as its folder …/runs/NAME, its name under MARATHON_SCRATCH, or the URL of a pack",
+            "marathon move RUN --to FOLDER_OR_URL",
+        )
+    return place, name
+
+
+def _copy_ledger(place: Place, run: str, folder: Path) -> Ledger:
+    folder.mkdir()
+    ledger = Ledger(folder)
+    ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
+    return ledger
+
+
+def _require_known_history(ours: Ledger, theirs: Ledger, target: Place, run: str) -> None:
+    """Nothing has been done over there that this end does not know of."""
+    known, found = ([r for r in ledger.read() if r["event"] != "arrived"] for ledger in (ours, theirs))
+    if found != known[: len(found)]:
+        raise UserError(
+            f"{target}/{run} has a history of its own: `{found[-1]['event']}` is the last of {len(found)} records",
+            "a run is moved to where it is not yet, or has not gone on",
+            "move it from there; or give that folder another name if what was done there may be left",
+        )
+
+
+def _look_through(source: Place, run: str) -> Pack:
+    """What a run on this machine consists of; its checkpoint is verified, its corpus is yet to be."""
+    run_dir = Path(source.path(run))
+    record = prepared_corpus(run_dir)
+    corpus_dir, checkpoint = Path(record["path"]), _newest_whole(run_dir)
+    corpus, step = f"corpora/{corpus_dir.name}", f"{run}/{CHECKPOINTS}/{checkpoint.name}"
+    sizes = marks(corpus_dir)
+    files = {f"{corpus}/{n}": File(sizes[n][0], h) for n, h in _hashes(Manifest.load(corpus_dir))}
+    files[f"{corpus}/{MANIFEST}"] = _file(corpus_dir / MANIFEST)
+    known = {name: entry["sha256"] for name, entry in read_manifest(checkpoint)["files"].items()}
+    for path in sorted(checkpoint.iterdir(), key=lambda path: (path.name not in known, path.name)):
+        files[f"{step}/{path.name}"] = _file(path, known.get(path.name, ""))
+    files |= {f"{run}/eval/{path.name}": _file(path) for path in sorted((run_dir / "eval").glob("*.json"))}
+    return Pack(step, corpus, record["corpus_hash"], files)
+
+
+def _newest_whole(run_dir: Path) -> Path:
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        try:
+            verify_files(checkpoint)
+        except UserError as error:
+            print(f"not moved: {error}", flush=True)
+        else:
+            return checkpoint
+    raise UserError(f"{run_dir} has no whole checkpoint", "a run goes on from one", "train it there from the beginning")
+
+
+def _read_list(source: Place, run: str) -> Pack:
+    """What a pack consists of, by its list and by what is there."""
+    content = source.read(f"{run}/{LIST}")
+    if content is None:
+        raise UserError(
+            f"{source}/{run}/{LIST} is not there",
+            "a pack is complete when its list is",
+            "give the command that made the pack once more: it goes on where it stopped",
+        )
+    found = json.loads(content)
+    files = {name: File(**entry) for name, entry in found["files"].items()}
+    sizes = source.sizes(run) | source.sizes(found["corpus"])
+    for name, file in files.items():
+        if sizes.get(name) != file.n_bytes:
+            raise UserError(
+                f"{source}/{name} has {sizes.get(name, 'no')} bytes, the list says {file.n_bytes}",
+                "a pack is taken as it was made",
+                "make it again; or, if the run went on there, give `marathon move` on that machine",
+            )
+    texts = {name: files.pop(name) for name in [f"{run}/{text}" for text in TEXTS] if name in files}
+    return Pack(found["checkpoint"], found["corpus"], found["corpus_hash"], files, texts)
+
+
+def _look_over_there(target: Place, run: str, pack: Pack, desk: Path) -> tuple[Pack, dict[str, File]]:
+    """The pack with the corpus as it stands at the target, if it does, and all files that need not be sent."""
+    sizes = target.sizes(run) | target.sizes(pack.corpus)
+    arrived: dict[str, File] = {}
+    for name in (LIST, PARTIAL_LIST):
+        if content := target.read(f"{run}/{name}"):
+            arrived |= {path: File(**entry) for path, entry in json.loads(content)["files"].items()}
+    if (content := target.read(f"{pack.corpus}/{MANIFEST}")) is not None:
+        (desk / MANIFEST).write_bytes(content)
+        manifest = Manifest.load(desk)
+        if manifest.corpus_hash != pack.corpus_hash:
+            raise UserError(
+                f"{target}/{pack.corpus} has hash {manifest.corpus_hash[:16]}…, the run's is {pack.corpus_hash[:16]}…",
+                "a run goes on with the tokens and the tokenizer it began with",
+                "give that folder another name, or move to another scratch folder",
+            )
+        # Prepared there or brought by another run, it is what its own manifest says; sidecars may differ from ours.
+        theirs = {f"{pack.corpus}/{n}": File(sizes.get(f"{pack.corpus}/{n}", -1), h) for n, h in _hashes(manifest)}
+        ours = {name: file for name, file in pack.files.items() if theirs.get(name, file).sha256 == file.sha256}
+        if all(file.n_bytes >= 0 and ours.get(name, file) == file for name, file in theirs.items()):
+            theirs[f"{pack.corpus}/{MANIFEST}"] = File.of(content)
+            rest = {name: file for name, file in pack.files.items() if not name.startswith(f"{pack.corpus}/")}
+            pack, arrived = replace(pack, files=theirs | rest), arrived | theirs
+    return pack, {path: file for path, file in arrived.items() if sizes.get(path) == file.n_bytes}
+
+
+def _send(source: Place, target: Place, run: str, pack: Pack, arrived: dict[str, File]) -> int:
+    """Sends what has not arrived and returns how many bytes that was; `arrived` counts up."""
+    paths = _paths_over_there(target, pack, arrived)
+    missing = [name for name, file in pack.files.items() if arrived.get(paths[name]) != file]
+    if source.is_local:
+        shards = [name.removeprefix(f"{pack.corpus}/") for name in missing if name.startswith(f"{pack.corpus}/")]
+        verify_corpus(Path(source.path(pack.corpus)), [name for name in shards if name != MANIFEST])
+    hidden = {path.rpartition("/")[0] for name, path in paths.items() if path != name}
+    there = {path.rpartition("/")[0] for path in target.sizes(f"{run}/{CHECKPOINTS}")}
+    for folder in there - hidden:
+        if Path(folder).name.startswith(ARRIVING):  # of an older checkpoint, by a move that was killed
+            target.remove(folder)
+    _write_list(target, f"{run}/{PARTIAL_LIST}", arrived)
+    target.remove(f"{run}/{LIST}")
+    next_list_s = time.monotonic() + LIST_EVERY_S
+    with Progress("moving", "MB", sum(pack.files[name].n_bytes for name in missing) // 10**6) as progress:
+        for name in missing:
+            file = pack.files[name]
+            target.take(paths[name], file, source, name)
+            arrived[paths[name]] = file
+            progress.advance(file.n_bytes // 10**6)
+            if time.monotonic() >= next_list_s:
+                _write_list(target, f"{run}/{PARTIAL_LIST}", arrived)
+                next_list_s = time.monotonic() + LIST_EVERY_S
+    if hidden:
+        target.rename(hidden.pop(), pack.checkpoint)
+    return sum(pack.files[name].n_bytes for name in missing)
+
+
+def _paths_over_there(target: Place, pack: Pack, arrived: dict[str, File]) -> dict[str, str]:
+    """Where each file is sent. A folder named step-… counts as a checkpoint, so it gets that name when it is whole."""
+    paths = {name: name for name in pack.files}
+    step = [name for name in pack.files if name.startswith(f"{pack.checkpoint}/")]
+    if target.renames and any(arrived.get(name) != pack.files[name] for name in step):
+        folder, _, last = pack.checkpoint.rpartition("/")
+        paths |= {name: name.replace(pack.checkpoint, f"{folder}/{ARRIVING}{last}") for name in step}
+    return paths
+
+
+def _hand_over(source: Place, target: Place, run: str, pack: Pack, desk: Path) -> None:
+    """Tells both ledgers of the hop, and sends what makes the folder over there a run."""
+    if source.is_local:
+        facts = {"to": str(target), "checkpoint": Path(pack.checkpoint).name}
+        Ledger(Path(source.path(run))).append("moved", **facts, files=len(pack.files), bytes=pack.n_bytes)
+    files = dict(pack.files)
+    for text in TEXTS:
+        name = f"{run}/{text}"
+        if (content := source.read(name)) is None:
+            continue
+        if pack.texts.get(name, file := File.of(content)) != file:
+            raise UserError(
+                f"{source}/{name} is not what the list says", "a pack is taken as it was made", "make it again"
+            )
+        if text == Ledger(desk).path.name:
+            Ledger(desk).path.write_bytes(content)
+            Ledger(desk).append("arrived", **{"from": str(source)}, at=str(target), host=target.host)
+            content = Ledger(desk).path.read_bytes()
+        target.write(name, content)
+        files[name] = File.of(content)
+    facts = {"checkpoint": pack.checkpoint, "corpus": pack.corpus, "corpus_hash": pack.corpus_hash}
+    _write_list(target, f"{run}/{LIST}", files, **facts)
+    target.remove(f"{run}/{PARTIAL_LIST}")
+
+
+def _write_list(target: Place, name: str, files: dict[str, File], **facts: str) -> None:
+    content = {**facts, "files": {path: asdict(file) for path, file in files.items()}}
+    target.write(name, json.dumps(content, indent=1).encode())
+
+
+def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
+    """Name below the corpus and sha256 of each file that the manifest knows."""
+    hashes = [(f"tokenizer/{name}", known) for name, known in manifest.tokenizer.sha256.items()]
+    return hashes + [(s.stem + suffix, s.sha256[suffix]) for s in manifest.shards for suffix in SUFFIXES]
+
+
+def _file(path: Path, sha256: str = "") -> File:
+    return File(path.stat().st_size, sha256 or file_sha256(path))

@@ -1,0 +1,191 @@
+"""Folders on this machine or behind a URL, in which a file stands under its name only whole and as it should be.
+
+fsspec speaks to them. Credentials and keys come from where ssh and S3 keep them, and a URL is told without user and
+password. What a file system, a network or a server has against something is told in one message.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from configs.errors import UserError
+
+CHUNK_BYTES = 16 << 20
+ARRIVING = ".arriving-"
+"""Before the name of what is not yet whole."""
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "ssh": "sshfs", "sftp": "sshfs"}
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
+"""They cannot rename; an object is there once all of it has arrived."""
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file has to be."""
+
+    n_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "File":
+        """The file with this content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+
+class Place:
+    """A folder, by path or URL. Names of files and folders are paths below it."""
+
+    def __init__(self, given: str) -> None:
+        scheme = given.partition("://")[0] if "://" in given else "file"
+        if "://" not in given and ":" in given.partition("/")[0]:
+            raise UserError(
+                given, "a place is a folder or a URL", "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER"
+            )
+        self.is_local, self.renames = scheme in ("file", "local"), scheme not in OBJECT_STORES
+        parts = urlsplit(given if "://" in given else "")
+        self.host = platform.node() if self.is_local else parts.netloc.rpartition("@")[2]
+        self._told = f"{scheme}://{self.host}{parts.path}".rstrip("/")
+        with self._answers():
+            self.fs, root = _connect(given, PACKAGES.get(scheme))
+        self.root: str = root.rstrip("/")
+        if self.is_local:
+            self._told = f"{self.host}:{self.root}"
+
+    def __str__(self) -> str:
+        return self._told
+
+    def path(self, name: str) -> str:
+        """How the file system calls it."""
+        return f"{self.root}/{name}"
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file below a folder; none where there is no such folder."""
+        with self._answers(folder):
+            found = self.fs.find(self.path(folder), detail=True)
+        return {path[len(self.root) + 1 :]: info["size"] for path, info in found.items() if info}
+
+    def glob(self, pattern: str) -> list[str]:
+        """Names that fit a pattern, sorted."""
+        with self._answers():
+            return sorted(path[len(self.root) + 1 :] for path in self.fs.glob(self.path(pattern)))
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file, None where it is not there."""
+        with self._answers(name):
+            try:
+                content: bytes = self.fs.cat_file(self.path(name))
+            except FileNotFoundError:
+                return None
+        return content
+
+    def take(self, name: str, file: File, source: "Place", source_name: str) -> None:
+        """Copies a file from another place, one of the two being on this machine."""
+        path = source.path(source_name)
+        if self.is_local:
+            self._receive(name, file, lambda to: source.fs.get_file(path, to))
+        elif self.renames:
+            self._receive(name, file, lambda to: self._stream(path, to))
+        else:
+            self._receive(name, file, lambda to: self.fs.put_file(path, to))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        self._receive(name, File.of(content), lambda to: self.fs.pipe_file(to, content))
+
+    def remove(self, name: str) -> None:
+        """Removes a file or folder if it is there."""
+        with self._answers(name), suppress(FileNotFoundError):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a folder the place of another."""
+        self.remove(new)
+        with self._answers(new):
+            self.fs.mv(self.path(old), self.path(new))
+
+    def _stream(self, path: str, to: str) -> None:
+        # put_file of SSH passes over holes, and so leaves out the one at the end of a sparse file.
+        with open(path, "rb") as file, self.fs.open(to, "wb") as out:
+            shutil.copyfileobj(file, out, CHUNK_BYTES)
+
+    def _receive(self, name: str, file: File, fill: Callable[[str], Any]) -> None:
+        folder, _, last = name.rpartition("/")
+        beside = f"{folder}/{ARRIVING}{last}" if self.renames else name
+        try:
+            with self._answers(name):
+                if self.renames:
+                    self.fs.makedirs(self.path(folder), exist_ok=True)
+                fill(self.path(beside))
+                self._require(name, file, self._look_at(beside))
+                if beside != name:
+                    self.fs.mv(self.path(beside), self.path(name))
+        except UserError:
+            with suppress(UserError):
+                self.remove(beside)
+            raise
+
+    def _require(self, name: str, file: File, found: File) -> None:
+        if found != file:
+            raise UserError(
+                f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…, "
+                f"it has to have {file.n_bytes:,} and {file.sha256[:16]}…",
+                "a file gets its name only when it is what was sent",
+                "the same command again; if it says so again, the file has changed or is damaged where it comes from",
+            )
+
+    def _look_at(self, name: str) -> File:
+        """Reads a file back."""
+        digest, n_bytes = hashlib.sha256(), 0
+        with self.fs.open(self.path(name), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                n_bytes += len(chunk)
+        if self.is_local:
+            _flush(self.path(name))
+        return File(n_bytes, digest.hexdigest())
+
+    @contextmanager
+    def _answers(self, name: str = "") -> Iterator[None]:
+        """Every backend has exceptions of its own; here they mean that the place refuses, whatever the reason."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{self}{'/' if name else ''}{name}: {said}",
+                "a run moves to and from a folder, s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows, "
+                "which answers, has space and lets you write",
+                "see to that, then the same command: it goes on where it stopped",
+            ) from error
+
+
+def _connect(given: str, package: str | None) -> tuple[Any, str]:
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{package} is not installed",
+            f"{given.partition('://')[0]}:// is spoken by that package",
+            f"pip install {package}",
+        )
+    # Of a connection that breaks it would say a hundred times what we say once.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    # sshfs would take any host for the right one; with this, ssh's known_hosts decide.
+    options: dict[str, Any] = {"known_hosts": ()} if package == "sshfs" else {}
+    return fsspec.core.url_to_fs(given, **options)
+
+
+def _flush(path: str) -> None:
+    """Forces a file to disk: the list must not outlive what it lists."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
