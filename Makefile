@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test check format clean
+.PHONY: help setup smoke test chaos check format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +17,9 @@ smoke: $(VENV)/ready ## the whole chain on two CPU cores: text to released model
 
 test: $(VENV)/ready ## all tests; as root on Debian also those on a real Slurm, which is installed if need be
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/ready ## kill a small run KILLS times (6) on a real Slurm, as root on Debian; SEED (1) draws the moments
+	$(BIN)/python benchmarks/chaos.py --kills $(or $(KILLS),6) --seed $(or $(SEED),1)
 
 check: $(VENV)/ready ## format, lint, types, imports between rooms, layout
 	$(BIN)/ruff format --check --quiet .

@@ -110,7 +110,8 @@ class EngineConfig:
     precision: Precision = MISSING
     """bf16 computes in bf16 over fp32 master weights; gradients are accumulated in fp32 in both."""
     comm_precision: Precision = Precision.fp32
-    """Format of gradients in the all-reduce. fp32 is the reference: ZeRO stages then agree bit by bit."""
+    """Format of gradients in the all-reduce. fp32 is the reference: ZeRO stages then differ in
+    the order of sums alone."""
     compile: bool = False
     """Compile each block with torch.compile; the first step then takes a minute or more."""
     bucket_elements: int = 100_000_000

@@ -27,7 +27,7 @@ from ledger import host
 from ledger.progress import Progress
 from ledger.record import Ledger
 from model.decoder import Decoder
-from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, read_manifest
+from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, read_manifest, verify_files
 
 
 def evaluate(
@@ -107,6 +107,7 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     start = time.monotonic()
     index = _suite_index(suite_dir)
+    verify_files(checkpoint, ranks.process_index, ranks.num_processes)
     decoder, model_sha256 = load_decoder(checkpoint, cfg)
     # In the format in which training computes, so that the last validation of training shows the same figures.
     decoder = decoder.to(ranks.device, torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32)

@@ -19,7 +19,7 @@ def note_start(stage: str, run_dir: Path) -> None:
     """
     ledger, reached, fruitless = Ledger(run_dir), _reached(stage, run_dir), 0
     for record in ledger.read():
-        if record["event"] in ("start", "refused") and record["stage"] == stage:
+        if record["event"] in ("start", "refused", "stage") and record["stage"] == stage:
             is_fruitless = record["event"] == "start" and record["reached"] == reached
             fruitless = fruitless + 1 if is_fruitless else 0
     # At a terminal, a person decides how often to try.
@@ -36,7 +36,9 @@ def note_start(stage: str, run_dir: Path) -> None:
 def _reached(stage: str, run_dir: Path) -> str:
     """How far the stage has come, in words that change with progress."""
     if stage == "train":
-        return f"step {_furthest_step(run_dir / 'metrics.jsonl')}"
+        # After a spike a run may save for a while below the furthest step.
+        saved = max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="nothing")
+        return f"step {_furthest_step(run_dir / 'metrics.jsonl')}, {saved} saved"
     if stage == "eval":
         return f"{sum(1 for _ in Ledger(run_dir).read('evaluation'))} evaluations"
     return "its beginning"

@@ -1,11 +1,29 @@
 """Initial weights."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from model.decoder import Decoder, RMSNorm
+
+
+@contextlib.contextmanager
+def left_empty() -> Iterator[None]:
+    """Modules built inside keep their parameters as allocated, for those who fill them at once.
+
+    PyTorch's own initial values would be drawn and thrown away; on the meta device they import its compiler.
+    """
+    kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
+    for kind in kept:
+        kind.reset_parameters = lambda self: None  # type: ignore[method-assign, assignment, misc]
+    try:
+        yield
+    finally:
+        for kind, method in kept.items():
+            kind.reset_parameters = method  # type: ignore[method-assign]
 
 
 @torch.no_grad()

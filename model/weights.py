@@ -13,6 +13,8 @@ depend on how many ranks wrote them, reading does not. Nothing here can hold cod
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import RunConfig
 from model.decoder import Decoder
+from model.init import left_empty
 
 PREFIX = "step-"
 MANIFEST, MANIFEST_SHA256 = "manifest.json", "manifest.sha256"
@@ -40,7 +43,8 @@ def rank_file(rank: int) -> str:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints of a run by step; whether one is whole, `verify_files` says."""
-    return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.is_dir())
+    names = (run_dir / "checkpoints").glob(PREFIX + 9 * "[0-9]")  # somebody's copy beside them is none
+    return sorted(path for path in names if path.is_dir())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -49,16 +53,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or not what was written.
     """
-    path = checkpoint / MANIFEST
-    try:
+    path, path_sha256 = checkpoint / MANIFEST, checkpoint / MANIFEST_SHA256
+    with _readable(path):
         content = path.read_bytes()
-        expected = (checkpoint / MANIFEST_SHA256).read_text(encoding="ascii").split()[0]
-    except (OSError, ValueError, IndexError) as error:
-        raise damaged(path, f"cannot be read ({error})") from None
-    if (found := hashlib.sha256(content).hexdigest()) != expected:
-        raise damaged(path, f"has sha256 {found[:16]}…, {MANIFEST_SHA256} says {expected[:16]}…")
+    with _readable(path_sha256):
+        expected = path_sha256.read_bytes()
+    if manifest_sha256(content) != expected:
+        raise damaged(path, f"is not what {MANIFEST_SHA256} says")
     manifest: dict[str, Any] = json.loads(content)
     return manifest
+
+
+def manifest_sha256(content: bytes) -> bytes:
+    """What stands beside a manifest of this content, in the form that `sha256sum` has."""
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def checkpoint_sha256(checkpoint: Path) -> str:
@@ -74,9 +82,9 @@ def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
     files = read_manifest(checkpoint)["files"]
     for name in sorted(files)[part::parts]:
         path, expected = checkpoint / name, files[name]["sha256"]
-        if not path.is_file():
-            raise damaged(path, "is missing")
-        if (found := file_sha256(path)) != expected:
+        with _readable(path):
+            found = file_sha256(path)
+        if found != expected:
             raise damaged(path, f"has sha256 {found[:16]}…, the manifest says {expected[:16]}…")
 
 
@@ -150,9 +158,8 @@ class FragmentReader:
 def load_decoder(checkpoint: Path, cfg: RunConfig) -> tuple[Decoder, str]:
     """The network of a checkpoint in fp32 on the CPU, in evaluation mode, and the checkpoint's sha256."""
     vocab_rows = read_manifest(checkpoint)["vocab_rows"]
-    with torch.device("meta"):
+    with left_empty():
         decoder = Decoder(cfg.model, vocab_rows)
-    decoder.to_empty(device="cpu")
     FragmentReader(checkpoint).read_into(decoder)
     return decoder.eval(), checkpoint_sha256(checkpoint)
 
@@ -164,3 +171,12 @@ def damaged(path: Path, what: str) -> UserError:
         "a checkpoint is used only whole and unchanged",
         "remove this checkpoint's folder; the run goes on from the one before it",
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A disk that fails is one more way of not being whole: there may be a checkpoint before it."""
+    try:
+        yield
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from None

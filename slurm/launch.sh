@@ -1,11 +1,13 @@
 # shellcheck shell=bash disable=SC2154,SC2016
-# What the clusters share: the front door, the checks, the stages of a job, what happens when it ends.
+# What the clusters share: the front door, the checks, the stages of a job; restart.sh has what follows when one ends.
 #
 # A cluster's script sets cluster, devices_per_node and cpu_bind, sources this file, may define check_site, calls
 # `front_door`, sets its environment, calls `use_container` and `run_stages`. The number of tasks a node decides
 # how ranks start: as many as devices, and each task is a rank; one, and torchrun starts the ranks of its node.
 
 set -euo pipefail
+# shellcheck source=slurm/restart.sh
+source "$MARATHON_HOME/slurm/restart.sh"
 
 # What was found, the rule it breaks, the repair: the form of every message that a user is meant to read.
 stop() {
@@ -22,6 +24,8 @@ check_site() { :; } # check_site NODES QOS: a cluster's own rules
 # Outside a job, explains how to submit after asking Slurm whether it would accept the job; inside, checks.
 front_door() {
     if [ -n "${SLURM_JOB_ID:-}" ]; then
+        read_facts
+        end_if_predecessor_was_cancelled
         check_job "$@"
         return
     fi
@@ -40,7 +44,7 @@ front_door() {
     fi
     printf 'Slurm would accept it (%s). Submit it with\n\n  sbatch' "${answer#sbatch: }"
     printf ' %q' "${options[@]}" "$script" "$@"
-    printf '\n\nThe same line continues the run after a crash or the time limit.\n'
+    printf '\n\nThe run goes on by itself after a crash or the time limit.\n'
     exit 0
 }
 
@@ -152,6 +156,7 @@ use_container() {
 
 # Freezes the config once, then runs the stages; each skips itself when it is complete.
 run_stages() {
+    trap slurm_ends_this_job TERM
     set_rendezvous
     set -a
     : "${PYTHONPATH:=}"
@@ -168,16 +173,21 @@ run_stages() {
     : "${TORCHINDUCTOR_CACHE_DIR=$MARATHON_CACHE/inductor}"
     : "${TORCH_EXTENSIONS_DIR=$MARATHON_CACHE/extensions}"
     set +a
+    export MARATHON_JOB_ENDS_AT
+    MARATHON_JOB_ENDS_AT=$(fact EndTime || true) # by which training has saved
     say "job $SLURM_JOB_ID on $cluster, restart ${SLURM_RESTART_COUNT:-0}, $(date -Is)"
     say "$SLURM_JOB_NUM_NODES nodes $SLURM_JOB_NODELIST; rendezvous $MASTER_ADDR:$MASTER_PORT"
     say "checkout $MARATHON_HOME; container ${MARATHON_IMAGE:-none}; scratch $MARATHON_SCRATCH"
     trap clear_caches EXIT
     freeze "$@"
+    claim_run
+    submit_successor "$@"
     run_stage data one_task
     run_stage train all_ranks
     tell_network
     run_stage eval all_ranks
     run_stage release one_task
+    remove_successor
     say "complete: $RUN"
 }
 
@@ -214,11 +224,13 @@ run_stage() {
     fi
     case $code in
     0) ;;
-    75) start_again ;;
-    *)
-        say "$1 ended with $code: mend the first error above, then submit the same line again"
+    75) go_on "$code" "$1 saved before the end" ;;
+    78) # a mistake or a refusal: starting again would not help
+        remove_successor
+        say "$1 stopped the run: mend the error above, then submit the same line again"
         exit "$code"
         ;;
+    *) go_on "$code" "$1 ended with $code: the first error above tells why" ;;
     esac
 }
 
@@ -241,8 +253,18 @@ all_ranks() {
 }
 
 # srun does not inherit --cpus-per-task since Slurm 22.05. A rank that fails ends the step at once, not at the
-# timeout of a collective; one that ends while others hang does so after a minute.
-step() { srun --distribution=block --kill-on-bad-exit=1 --wait=60 "$@"; }
+# timeout of a collective; one that ends while others hang does so after a minute. In the background, so that
+# bash hears of SIGTERM at once and not when the ranks have saved, or were killed with it.
+step() {
+    local code=0
+    srun --distribution=block --kill-on-bad-exit=1 --wait=60 "$@" &
+    wait $! || code=$?
+    if [ -n "$ending" ]; then # SIGTERM ended the wait, not the step
+        code=0
+        wait $! || code=$?
+    fi
+    return "$code"
+}
 
 # The variables of a rank, inside its task: in the batch script they would be those of the batch script.
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -256,10 +278,10 @@ note_network='if [ "$SLURM_NODEID" = 0 ]; then
     export NCCL_DEBUG_FILE=${NCCL_DEBUG_FILE-$RUN/logs/nccl-$SLURM_JOB_ID-%h-%p.log}
 fi
 '
-# Slurm warns every process of the step with SIGUSR1 ahead of the time limit: those who do not handle it, such as
-# loaders and torchrun, inherit that it is ignored. SIGTERM is waited out, so that the rank can save.
-# The status that counts is the first: srun ends the other tasks for it and would report how they died. A rank
-# ends with 75 when the run has saved and wants to go on; for srun that is no failure, or it would kill the rest.
+# `scancel --signal=USR1 JOB` asks for a checkpoint and reaches every process of the step: those who do not handle it,
+# such as loaders and torchrun, inherit that it is ignored. SIGTERM is waited out, so that the rank can save.
+# The status that counts is the first, or a refusal: srun ends the other tasks for it and would report how they died.
+# A rank ends with 75 when the run has saved and wants to go on; for srun that is no failure, or it would kill the rest.
 as_task='trap "" USR1
 trap : TERM
 exec 3>&2 2>/dev/null # bash has something to say about each task that is ended
@@ -268,19 +290,8 @@ shift
 mkdir -p "$MARATHON_CACHE"
 "$@" 2>&3 3>&-
 code=$?
-[ "$code" = 0 ] || (set -o noclobber && echo "$code" >"$outcome")
+[ "$code" = 0 ] || ([ "$code" = 78 ] || set -o noclobber; echo "$code" >"$outcome")
 [ "$code" = 75 ] || exit "$code"'
-
-# The run has saved and is not at its end: the same job again, or word of how to go on by hand.
-start_again() {
-    say "saved before the end; requeueing job $SLURM_JOB_ID"
-    clear_caches
-    if scontrol requeue "$SLURM_JOB_ID"; then
-        sleep 300 # Slurm ends this script; leaving first would count as a failed job
-    fi
-    say "this site does not requeue: submit the same line again, or ahead of time with --dependency=singleton"
-    exit 75
-}
 
 tell_network() {
     local used
@@ -289,7 +300,8 @@ tell_network() {
     [ -z "$used" ] || say "collectives: ${used//$'\n'/; }"
 }
 
+# For a minute at most: on a node in trouble a step may never start.
 clear_caches() {
     trap - EXIT
-    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 rm -rf "$MARATHON_CACHE" || true
+    timeout 60 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 rm -rf "$MARATHON_CACHE" || true
 }

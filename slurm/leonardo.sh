@@ -17,10 +17,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-#SBATCH --signal=USR1@600
 # Why: nodes are shared unless --exclusive. --mem=0 is all of a node's. --requeue lets the job go on by itself
-# where the site allows it. The log stands in the folder of submission, which exists. Ten minutes' warning is twice a
-# slow checkpoint.
+# where the site allows it. The log stands in the folder of submission, which exists.
 
 cluster=leonardo
 devices_per_node=4

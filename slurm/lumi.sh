@@ -17,12 +17,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-#SBATCH --signal=USR1@600
 # Why: 7 cores, because the first of each CCD is the system's and a job that asks for 64 never runs. --gpus-per-node
 # without --gpu-bind or --gpus-per-task, which would hide a rank's neighbours from RCCL. 480G keeps jobs off nodes
 # with leaked memory. LUMI requeues after a node failure, and append keeps the log then. The log stands in the folder
-# of submission, which exists: with a folder that does not, the job fails without a word. Ten minutes' warning is
-# twice a slow checkpoint.
+# of submission, which exists: with a folder that does not, the job fails without a word.
 
 cluster=lumi
 devices_per_node=8

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     try:
         main()
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code >= 0 else 128 - code)  # a rank killed by a signal, told as a shell would
     except SignalException as ended:  # Slurm ends this node because another failed: no traceback for that
         sys.exit(128 + ended.sigval)

@@ -26,6 +26,7 @@ from model.weights import (
     RANDOM,
     FragmentReader,
     list_checkpoints,
+    manifest_sha256,
     rank_file,
     read_manifest,
     verify_files,
@@ -33,6 +34,7 @@ from model.weights import (
 from train.dist import Rank
 from train.engine import Engine
 from train.progress import Progress
+from train.retention import remove
 
 FORMAT = 2
 WAIT_FOR_ENTRIES_S = 60
@@ -116,13 +118,13 @@ def commit(run_dir: Path, progress: dict[str, Any], facts: dict[str, Any], world
         {"format": FORMAT, "world_size": world_size, "progress": progress, **facts, "files": files}, indent=1
     )
     _write_synced(folder / MANIFEST, manifest)
-    _write_synced(folder / MANIFEST_SHA256, f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n")
+    _write_synced(folder / MANIFEST_SHA256, manifest_sha256(manifest.encode()).decode())
     for rank in range(world_size):
         (folder / rank_file(rank)).with_suffix(".json").unlink()
     sync_folder(folder)
     final = folder.with_name(folder.name.removeprefix(".writing-"))
     if final.exists():  # not whole, or it would have been gone on from
-        final.rename(folder.with_name(f".removing-{final.name}-{time.time_ns()}"))
+        remove(final)
     folder.rename(final)
     sync_folder(final.parent)
     return final
@@ -153,11 +155,6 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
             return checkpoint, complaints
         complaints.append(found[0])
     return None, complaints
-
-
-def newest(run_dir: Path) -> Path:
-    """The newest checkpoint, whole or not; there has to be one."""
-    return list_checkpoints(run_dir)[-1]
 
 
 def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:

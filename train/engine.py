@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import unittest.mock
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ import deepspeed  # looks for the accelerator when it is imported
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On a CPU, every rank would compile a C++ op at its start that only inference uses.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed imports its Muon whatever the optimizer is, and that compiles three functions: a second of each start.
+with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda function: function):
+    import deepspeed.runtime.zero.muon.original_muon
 # Said once a rank by PyTorch about a call of DeepSpeed's.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
@@ -195,7 +199,8 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape,
     """Our settings in DeepSpeed's words; what is not settable here is fixed for a reason.
 
     `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for
-    both, which in bf16 loses small gradients; with the pair, the stages agree bit by bit.
+    both, which in bf16 loses small gradients; with the pair, the stages differ in
+    the order of sums alone.
     """
     return {
         "train_batch_size": shape.seqs_per_step,

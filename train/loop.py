@@ -67,7 +67,7 @@ class End(enum.Enum):
 def train(job: Job) -> End:
     """Trains from `job.progress` to the last step, or to where it was asked to stop and has saved."""
     while (end := _stretch(job)) is End.spike:
-        job.saver.finish()
+        job.saver.wait()
         rewind(job.run_dir, job.progress, job.engine, job.rank, job.samples, job.cfg)
     job.saver.finish()
     return end

@@ -1,6 +1,9 @@
 """Which checkpoints are kept, and whether the disk has room for them."""
 
 import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import UserError
@@ -15,43 +18,69 @@ def checkpoint_bytes(cfg: RunConfig, vocab_rows: int | None = None) -> int:
     return 12 * count_parameters(cfg.model, vocab_rows or padded_rows(cfg.tokenizer.vocab_size))
 
 
-def checkpoints_on_disk(train: TrainConfig, from_step: int = 0) -> int:
-    """Checkpoints that a run adds at the most from a step on, the one being written beside the others included."""
-    written = -(-(train.steps - from_step) // train.save_every_steps) + (from_step == 0)
+def checkpoints_on_disk(train: TrainConfig, from_step: int = 0, present: Sequence[int] = ()) -> int:
+    """Checkpoints that a run has on disk at the most from a step on, the one being written beside the others included.
+
+    `present` are the steps of those that are there; where there are none, the run begins, and writes one at step 0.
+    """
+    due = [
+        step
+        for step in (*range(0, train.steps, train.save_every_steps), train.steps)
+        if step > from_step or not present
+    ]
     if not train.keep_checkpoints:
-        return written
-    for_good = (train.steps - from_step) // train.keep_every_steps if train.keep_every_steps else 0
-    return min(written, train.keep_checkpoints + 1 + for_good + (from_step == 0))
+        return len(present) + len(due)
+    steps, most = list(present), len(present)
+    for step in due:
+        most = max(most, len(steps) + 1)
+        steps = _kept(sorted({*steps, step}), step, train.keep_checkpoints, train.keep_every_steps)
+    return most
 
 
 def require_space(run_dir: Path, cfg: RunConfig, vocab_rows: int, from_step: int) -> None:
     """Raises `UserError` where the disk cannot hold what is still to come; quotas are not seen."""
-    train, free = cfg.train, shutil.disk_usage(run_dir).free
-    rolling = [path for path in list_checkpoints(run_dir) if not _is_for_good(path, train.keep_every_steps)]
-    to_come = checkpoints_on_disk(train, from_step)
-    if train.keep_checkpoints:
-        to_come -= min(len(rolling), train.keep_checkpoints)
-    needed = max(to_come, 0) * checkpoint_bytes(cfg, vocab_rows)
-    if needed > free:
-        each = checkpoint_bytes(cfg, vocab_rows)
+    train, each, free = cfg.train, checkpoint_bytes(cfg, vocab_rows), shutil.disk_usage(run_dir).free
+    present = [_step_of(path) for path in list_checkpoints(run_dir)]
+
+    def to_come(keep: int) -> int:
+        return checkpoints_on_disk(replace(train, keep_checkpoints=keep), from_step, present) - len(present)
+
+    if (needed := to_come(train.keep_checkpoints)) * each > free:
+        fitting = [f"train.keep_checkpoints={keep}, " for keep in range(1, 10) if to_come(keep) * each <= free]
         raise UserError(
-            f"{to_come} checkpoints of {each / 2**30:,.2f} GiB are to come, {run_dir} has {free / 2**30:,.2f} GiB free",
+            f"{needed} checkpoints of {each / 2**30:,.2f} GiB are to come, {run_dir} has {free / 2**30:,.2f} GiB free",
             "the disk has to hold them before the first step",
-            f"train.keep_checkpoints={max(free // each - 1, 1)}, a larger train.save_every_steps, or more room",
+            "".join(fitting[-1:]) + "a larger train.save_every_steps or train.keep_every_steps, or more room",
         )
 
 
-def remove_old(run_dir: Path, keep: int, keep_every_steps: int) -> None:
-    """Leaves step 0, multiples of `keep_every_steps`, and the newest `keep` checkpoints; with keep = 0 all."""
+def remove_old(run_dir: Path, newest: int, keep: int, keep_every_steps: int) -> None:
+    """Leaves step 0, multiples of `keep_every_steps`, and `keep` checkpoints up to step `newest`; with keep = 0 all.
+
+    Those of later steps stay too, and take nobody's place: they are not whole, or the run would not stand before them.
+    """
     if not keep:
         return
-    for checkpoint in list_checkpoints(run_dir)[:-keep]:
-        if not _is_for_good(checkpoint, keep_every_steps):
-            doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    checkpoints = {_step_of(path): path for path in list_checkpoints(run_dir)}
+    kept = _kept(list(checkpoints), newest, keep, keep_every_steps)
+    for step, checkpoint in checkpoints.items():
+        if step not in kept:
+            remove(checkpoint)
 
 
-def _is_for_good(checkpoint: Path, keep_every_steps: int) -> bool:
-    step = int(checkpoint.name.removeprefix(PREFIX))
-    return step == 0 or (keep_every_steps > 0 and step % keep_every_steps == 0)
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; killed on the way, it leaves none that looks whole."""
+    doomed = checkpoint.with_name(f".removing-{checkpoint.name}-{time.time_ns()}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _kept(steps: list[int], newest: int, keep: int, keep_every_steps: int) -> list[int]:
+    oldest = [step for step in steps if step <= newest][-keep:][0]
+    return [
+        step for step in steps if step >= oldest or step == 0 or (keep_every_steps and step % keep_every_steps == 0)
+    ]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))

@@ -46,6 +46,8 @@ def rewind(run_dir: Path, progress: Progress, engine: Engine, rank: Rank, sample
     first, last = unskipped([first_step * seqs, old.step * seqs - 1], old.skipped).tolist()
     progress.skipped = _with_range(old.skipped, (first, last + 1))
     progress.rewinds = old.rewinds + 1
+    # They tell what stands at a position, and the checkpoint may be older than the newest of them.
+    progress.phases = old.phases
     # Spent all the same.
     progress.flops, progress.device_s = old.flops, old.device_s
     if rank.is_first:

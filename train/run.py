@@ -18,8 +18,8 @@ from ledger import host
 from ledger.record import Ledger, gap
 from model.decoder import Decoder, padded_rows
 from model.flops import count_parameters, flops_per_token
-from model.init import init_weights
-from model.weights import read_manifest
+from model.init import init_weights, left_empty
+from model.weights import list_checkpoints, read_manifest
 from train import checkpoint
 from train.batch import step_shape
 from train.dist import Rank, join, leave
@@ -73,7 +73,6 @@ def _prepare(
     rank.first_does(lambda: require_space(run_dir, cfg, vocab_rows, progress.step))
     phases, mixture = _phases(cfg, corpus_dir, manifest, progress)
 
-    torch.manual_seed(cfg.seed)
     engine = _engine(cfg, vocab_rows, rank, has_weights=resume_from is not None)
     metrics = Metrics(run_dir, cfg, rank, progress.step)
     keep = cfg.train.keep_checkpoints, cfg.train.keep_every_steps
@@ -105,7 +104,7 @@ def _prepare(
         checkpoint.seed_random(cfg.seed, rank)
         begin(job)
     if cfg.train.self_test:
-        self_test(cfg, run_dir, engine, rank, vocab_rows, resume_from or checkpoint.newest(run_dir))
+        self_test(cfg, run_dir, engine, rank, vocab_rows, resume_from or list_checkpoints(run_dir)[0])
     watchdog.alive()
     return job
 
@@ -141,9 +140,19 @@ def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> P
             print(f"not used: {complaint}", flush=True)
             Ledger(run_dir).append("checkpoint_damaged", complaint=complaint)
     if found is None:
+        if complaints:
+            rank.first_does(lambda: _refuse_to_begin_again(run_dir, complaints))
         return None
     rank.first_does(lambda: checkpoint.require_identity(found, identity))
     return found
+
+
+def _refuse_to_begin_again(run_dir: Path, complaints: list[str]) -> None:
+    raise UserError(
+        f"none of {len(complaints)} checkpoints in {run_dir / 'checkpoints'} is whole",
+        "a run does not begin again over what may be saved yet",
+        "bring one back, from a copy or an earlier `marathon move`; or move the folder away to begin again",
+    )
 
 
 def _phases(cfg: RunConfig, corpus_dir: Path, manifest: Manifest, progress: Progress) -> tuple[list[Phase], Mixture]:
@@ -166,11 +175,9 @@ def _phases(cfg: RunConfig, corpus_dir: Path, manifest: Manifest, progress: Prog
 
 def _engine(cfg: RunConfig, vocab_rows: int, rank: Rank, has_weights: bool) -> Engine:
     """The engine; where a checkpoint has the weights, none are drawn."""
-    with torch.device("meta" if has_weights else "cpu"):
+    with left_empty():
         decoder = Decoder(cfg.model, vocab_rows)
-    if has_weights:
-        decoder.to_empty(device="cpu")
-    else:
+    if not has_weights:
         init_weights(decoder, cfg.seed)
     return Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
 

@@ -57,9 +57,7 @@ class Saver:
 
     def begin(self, progress: Progress) -> None:
         """Takes a snapshot and begins to write it; waits for the one before, where that is not complete."""
-        if self._part is not None:
-            self.finish()
-        self._collect_commit(wait=True)
+        self.wait()
         progress.ledger_bytes = Ledger(self.run_dir).n_bytes if self.rank.is_first else 0
         self._began_s = time.monotonic()
         snapshot = self._staging.copy(self.engine)
@@ -78,34 +76,43 @@ class Saver:
     def advance(self, n_writing: int, n_failed: int) -> None:
         """Takes the sums of all ranks' votes: commits what is written, gives up what has failed."""
         if self._part is not None and n_writing == 0:
-            error = self._part.exception()
-            self._part = None
-            if n_failed:
-                self._give_up(error)
-            elif self.rank.is_first:
-                self._commit = self._background.submit(
-                    checkpoint.commit, self.run_dir, self._progress, self.facts, self.rank.world_size
-                )
+            self._end_part(n_failed)
         self._collect_commit(wait=False)
 
     def finish(self) -> None:
         """Returns when no checkpoint is under way; collective.
 
         Raises:
-            UserError: it could not be written, on any rank.
+            UserError: the one under way could not be written, on any rank.
         """
-        error = None
+        failure = self.wait()
+        self.rank.raise_together(_unwritable(self.run_dir, failure) if failure else None)
+
+    def wait(self) -> BaseException | None:
+        """Returns when no checkpoint is under way, with what has failed on this rank; collective."""
+        failure = None
         if self._part is not None:
             failure = self._part.exception()
-            error = _unwritable(self.run_dir, failure) if failure else None
-        self.rank.raise_together(error)
-        self.advance(0, 0)
-        failure = self._collect_commit(wait=True)
-        self.rank.raise_together(_unwritable(self.run_dir, failure) if failure else None)
+            self._end_part(self.rank.sum_integers([failure is not None])[0])
+        return failure or self._collect_commit(wait=True)
+
+    def _end_part(self, n_failed: int) -> None:
+        """All ranks have come to the end of their files."""
+        assert self._part is not None
+        error, self._part = self._part.exception(), None
+        if n_failed:
+            self._give_up(error)
+        elif self.rank.is_first:
+            self._commit = self._background.submit(self._commit_and_clean)
+
+    def _commit_and_clean(self) -> Path:
+        path = checkpoint.commit(self.run_dir, self._progress, self.facts, self.rank.world_size)
+        remove_old(self.run_dir, self._progress["step"], *self.keep)
+        return path
 
     def _give_up(self, error: BaseException | None) -> None:
         """Training goes on, and the next checkpoint is tried as usual; the last good one is untouched."""
-        told = [text for text in self.rank.gather(str(error) if error else "") if text]
+        told = [text for text in self.rank.gather(error and (str(error) or repr(error))) if text]
         if self.rank.is_first:
             self._tell_failure(f"{told[0]} ({len(told)} of {self.rank.world_size} ranks failed)")
 
@@ -138,7 +145,6 @@ class Saver:
             blocked_s=round(self.blocked_s, 3),
             written_s=round(written_s, 3),
         )
-        remove_old(self.run_dir, *self.keep)
         self.say(f"saved {path.name}")
         return None
 

@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 from ledger.record import Ledger, gap
 from model.decoder import Decoder
 from model.flops import count_parameters
+from model.init import left_empty
 from model.loss import next_token_labels, summed_cross_entropy
 from model.weights import FragmentReader
 from train import checkpoint
@@ -25,9 +26,10 @@ from train.batch import step_shape
 from train.dist import Rank
 from train.engine import Engine
 
-TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1}
-"""Largest relative error of one parameter's gradient. Measured on the layouts of tests/train/test_selftest.py: at
-most 2e-5 and 3e-2; a gradient that lacks a micro batch or a rank is off by 0.3 or more."""
+TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 0.2}
+"""Largest relative error of one parameter's gradient. Measured: fp32 1e-6 on the layouts of
+tests/train/test_selftest.py; bf16 0.02 there, 0.03 with 160M parameters, 0.04 with 64 layers. A gradient that lacks the
+first or last micro batches of the ranks, or is not reduced, is off by 0.3 or more."""
 TEST_TOKENS = 256
 """Length of the two sequences at the most: a reference on the host has to be cheap for billions of parameters."""
 
@@ -50,15 +52,13 @@ def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_r
         return
     reader = FragmentReader(whole)
     engine.fill(reader, updates=0)
-    batches = [_batch(seed, cfg, vocab_rows) for seed in (1, 2)]
-    accumulation_steps = step_shape(cfg).accumulation_steps
-    # Neighbours differ, and so do the first and last micro batch of a rank: whatever is lost changes the mean.
-    turns = [turn % 2 for turn in range(rank.world_size * accumulation_steps)]
-    for turn in turns[rank.rank * accumulation_steps :][:accumulation_steps]:
+    batches = _batches(cfg, vocab_rows)
+    turns = [_turns(number, step_shape(cfg).accumulation_steps) for number in range(rank.world_size)]
+    for turn in turns[rank.rank]:
         engine.backward(*batches[turn])
     norm, applied = engine.step(cfg.optim.lr)
-    shares = [turns.count(turn) / len(turns) for turn in (0, 1)]
-    reference = _reference(cfg, vocab_rows, reader, batches, shares) if rank.is_first else None
+    shares = [sum(mine.count(turn) for mine in turns) / sum(map(len, turns)) for turn in (0, 1)]
+    reference = _reference(cfg, vocab_rows, reader, batches[:2], shares) if rank.is_first else None
     scale = (1 - cfg.optim.beta1) * min(1.0, cfg.optim.grad_clip / norm) if applied else math.nan
     errors = _relative_errors(engine, rank, reference, scale)
     checkpoint.restore(whole, engine, rank, cfg.seed)
@@ -84,21 +84,33 @@ def _layout(cfg: RunConfig, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _batch(seed: int, cfg: RunConfig, vocab_rows: int) -> tuple[Tensor, Tensor]:
-    """One sequence of two documents, [1, T + 1] each."""
+def _batches(cfg: RunConfig, vocab_rows: int) -> list[tuple[Tensor, Tensor]]:
+    """Two sequences of two documents, and one of documents so short that nothing is predicted; [1, T + 1] each."""
     n = min(cfg.train.seq_len, TEST_TOKENS) + 1
-    tokens_BT1 = torch.randint(vocab_rows, (1, n), generator=torch.Generator().manual_seed(seed))
-    doc_BT1 = (torch.arange(n) >= n // (seed + 1)).int()[None]
-    return tokens_BT1, doc_BT1
+    tokens = torch.randint(vocab_rows, (3, 1, n), generator=torch.Generator().manual_seed(1))
+    docs = [torch.arange(n) >= n // 2, torch.arange(n) >= n // 3, torch.arange(n)]
+    return [(tokens_BT1, doc_T1.int()[None]) for tokens_BT1, doc_T1 in zip(tokens, docs, strict=True)]
+
+
+def _turns(rank: int, accumulation_steps: int) -> list[int]:
+    """Which batch each micro batch of a rank is.
+
+    Most have nothing to predict, so that a lost one weighs much however many there are. Neighbouring ranks differ,
+    since where all have the same gradient nobody sees that it has not been reduced.
+    """
+    turns = [2] * accumulation_steps
+    turns[-1] = 1
+    if rank % 2 == 0:
+        turns[0] = 0
+    return turns
 
 
 def _reference(
     cfg: RunConfig, vocab_rows: int, reader: FragmentReader, batches: list[tuple[Tensor, Tensor]], shares: list[float]
 ) -> list[Tensor]:
     """Gradients by the plainest way there is: one process, fp32, on the host, this file and autograd."""
-    with torch.device("meta"):
+    with left_empty():
         decoder = Decoder(cfg.model, vocab_rows)
-    decoder.to_empty(device="cpu")
     reader.read_into(decoder)
     for (tokens_BT1, doc_BT1), share in zip(batches, shares, strict=True):
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)

@@ -17,6 +17,8 @@ EXIT_HUNG = 76
 """Any status but those that the job script knows: the job starts again."""
 GRACE_S = 5.0
 """Between writing stacks and ending, so that the first to end does not take the others' words away."""
+LOOK_EVERY_S = 1.0
+"""A fraction of the grace: ranks look at different moments."""
 
 
 class Watchdog:
@@ -46,7 +48,7 @@ class Watchdog:
             self.path.unlink()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(self.timeout_s / 10, 10.0)):
+        while not self._ended.wait(LOOK_EVERY_S):
             waited_s = time.monotonic() - self._alive_at_s
             if waited_s > self.timeout_s:
                 self._file.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S}: no step for {waited_s:.0f} s\n")

@@ -25,7 +25,7 @@ def test_a_warned_job_saves_requeues_itself_and_completes_under_one_log(leonardo
     log = (leonardo.root / "submit" / f"marathon-{job}.log").read_text()
     assert leonardo.state(job) == "COMPLETED", log
     assert re.findall(r"restart (\d+)", log) == ["0", "1"]
-    assert "saved before the end" in log
+    assert "saved before the end" in log, log
     starts = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines() if "train_start" in line]
     assert len(starts) == 2 and starts[0]["step"] == 0 < starts[1]["step"] < 12
     for rank in range(8):

@@ -16,6 +16,7 @@ from eval.run import evaluate
 from ledger.record import Ledger
 from model.decoder import Decoder
 from model.init import init_weights
+from model.weights import manifest_sha256
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def save_checkpoint(cfg: RunConfig, run_dir: Path, step: int, seed: int) -> None
         "files": {"rank-00000.safetensors": file},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.sha256").write_bytes(manifest_sha256((folder / "manifest.json").read_bytes()))
 
 
 def as_one_of_two(rank: int, port: int, cfg: RunConfig, run_dir: Path, material: dict) -> None:

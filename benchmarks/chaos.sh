@@ -1,0 +1,17 @@
+#!/bin/bash
+# A cluster of small nodes for benchmarks/chaos.py: the job scripts' common part with two processes a node.
+#SBATCH --job-name=chaos
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=1
+#SBATCH --time=06:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+cluster=local
+devices_per_node=2
+cpu_bind=none # the nodes are one machine
+source "$MARATHON_HOME/slurm/launch.sh"
+front_door "$@"
+use_container
+run_stages "$@"
