@@ -17,6 +17,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,8 +42,8 @@ SMALL = Shape(
     name="small",
     nodes=("nid005001", "nid005002"),  # names that install.sh leads to this machine
     other_nodes="nid[005003-005004]",
-    node="CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:none:2",
-    devices_per_node=2,
+    node="CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:none:1",
+    devices_per_node=1,
     partitions=("PartitionName=small Nodes=ALL Default=YES MaxTime=1-00:00:00",),
     accounting=("add account project", "add user root account=project"),
 )
@@ -134,7 +135,7 @@ def settings(kills: int, name: str) -> list[str]:
     return [
         "experiment=smoke",
         f"name={name}",
-        "cluster.devices_per_node=2",
+        "cluster.devices_per_node=1",
         "cluster.nodes=2",
         "suite=bpb",
         "corpus.languages=[de,el,mt]",
@@ -156,14 +157,22 @@ def environment(rig: Rig) -> dict[str, str]:
         "MARATHON_SCRATCH": str(rig.root / "scratch"),
         "MARATHON_CONTAINER": "none",
         "MARATHON_PYTHON": sys.executable,
+        "MASTER_PORT": str(free_port()),  # for two of these beside each other: both begin with job 1
+        "MARATHON_CACHE": str(rig.root / "cache"),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def undisturbed(rig: Rig, kills: int) -> Path:
-    """The same run on four processes of this machine."""
-    arguments = [*settings(kills, "whole"), "cluster.nodes=1", "cluster.devices_per_node=4"]
+    """The same run on two processes of this machine."""
+    arguments = [*settings(kills, "whole"), "cluster.nodes=1", "cluster.devices_per_node=2"]
     for stage in ("data", "train"):
         command = [sys.executable, "-m", "marathon.cli", stage, *arguments]
         subprocess.run(command, env={**os.environ, **environment(rig)}, check=True, capture_output=True, cwd=CHECKOUT)

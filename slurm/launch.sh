@@ -241,7 +241,7 @@ one_task() {
 
 all_ranks() {
     local stage=(-m marathon.stage "$1" "$RUN")
-    if [ "$SLURM_NTASKS_PER_NODE" = 1 ]; then
+    if [ "$SLURM_NTASKS_PER_NODE" -lt "$devices_per_node" ]; then
         step --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none \
             bash -c "$as_node$note_network$as_task" task "$outcome" "${python[@]}" "$MARATHON_HOME/slurm/torchrun.py" \
             --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$devices_per_node" \

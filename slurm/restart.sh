@@ -92,6 +92,7 @@ go_on() {
     [ -n "$ending" ] || clear_caches
     if [ -n "$ending" ]; then
         slurm_ends_this_job # once more: accounting may have been late
+        rm -rf "$MARATHON_CACHE" # on this node at least
         say "Slurm ended this job: $(state_of "$SLURM_JOB_ID")"
         exit "$1"
     fi
