@@ -158,7 +158,6 @@ def environment(rig: Rig) -> dict[str, str]:
         "MARATHON_CONTAINER": "none",
         "MARATHON_PYTHON": sys.executable,
         "MASTER_PORT": str(free_port()),  # for two of these beside each other: both begin with job 1
-        "MARATHON_CACHE": str(rig.root / "cache"),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }

@@ -5,6 +5,7 @@ Log, go back after a spike, validate, save, stop: each an if that a reader can s
 
 import contextlib
 import enum
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def train(job: Job) -> End:
     """Trains from `job.progress` to the last step, or to where it was asked to stop and has saved."""
     while (end := _stretch(job)) is End.spike:
         job.saver.wait()
+        step = job.progress.step
         rewind(job.run_dir, job.progress, job.engine, job.rank, job.samples, job.cfg)
+        job.metrics.terminal.advance(job.progress.step - step)
     job.saver.finish()
     return end
 
@@ -110,10 +113,11 @@ def _stretch(job: Job) -> End:
             _note_skipped_step(job, grad_norm)
         elif is_spike(loss, progress.losses, job.cfg.faults):
             progress.losses.append(loss)
+            window.read_clock()
             return End.spike
         else:
-            progress.losses = [*progress.losses, loss][-job.cfg.faults.spike_window_steps :]
-        window.add(nats, labels)
+            progress.losses = [*progress.losses, loss][-max(job.cfg.faults.spike_window_steps, 1) :]
+            window.add(nats, labels)
         job.clock.took("step", time.monotonic() - began_s)
         job.clock.took("checkpoint", job.saver.slowest_s)
         job.watchdog.alive()
@@ -170,7 +174,7 @@ class Window:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps what has been counted, and leaves out the time of what is done inside."""
-        self._read_clock()
+        self.read_clock()
         yield
         self.since_s = time.perf_counter()
 
@@ -182,7 +186,7 @@ class Window:
     def log(self, grad_norm: float) -> None:
         """Writes the line of this window and begins the next."""
         job, progress = self.job, self.job.progress
-        self._read_clock()
+        self.read_clock()
         steps = progress.step - self.first_step
         tokens_per_s = steps * job.cfg.train.tokens_per_step / self.stepping_s
         forward_s = job.rank.gather_floats(job.engine.forward_time.read())
@@ -191,7 +195,7 @@ class Window:
             "train",
             progress.step,
             progress.tokens,
-            loss=self.nats / self.labels,
+            loss=self.nats / self.labels if self.labels else math.nan,
             lr=progress.lr,
             grad_norm=grad_norm,
             tokens_per_s=tokens_per_s,
@@ -203,7 +207,8 @@ class Window:
         )
         self.restart()
 
-    def _read_clock(self) -> None:
+    def read_clock(self) -> None:
+        """Counts the time since the last reading."""
         now_s = time.perf_counter()
         self.stepping_s += now_s - self.since_s
         self.job.progress.device_s += (now_s - self.since_s) * self.job.rank.world_size

@@ -38,9 +38,9 @@ class Metrics:
             return
         record = {"kind": kind, "step": step, "tokens": tokens, **values, "time": round(time.time(), 3)}
         # Infinity and NaN are not JSON; a reader should not stumble over the record that tells of them.
-        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        sound = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(sound) + "\n")
         self.terminal.say(_line(record, self.steps))
         if self._wandb is not None:
             self._wandb.log(_flat(kind, values), step=step)

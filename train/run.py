@@ -60,7 +60,7 @@ def _prepare(
     cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signals: StopSignals, watchdog: Watchdog
 ) -> Job:
     manifest = Manifest.load(corpus_dir)
-    _verify_corpus(rank, run_dir, corpus_dir)
+    _verify_corpus(rank, run_dir, corpus_dir, watchdog)
     vocab_rows = padded_rows(manifest.tokenizer.vocab_size)
     identity = {
         "corpus_hash": manifest.corpus_hash,
@@ -97,7 +97,8 @@ def _prepare(
     if resume_from is not None:
         checkpoint.restore(resume_from, engine, rank, cfg.seed)
         _tell_changes(job, phases)
-    progress.phases = phases
+    if phases != progress.phases:
+        progress.phases, progress.losses = phases, []  # with other languages the loss is another, which is no spike
     if rank.is_first:
         _announce(job, mixture)
     if resume_from is None:
@@ -109,7 +110,7 @@ def _prepare(
     return job
 
 
-def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path) -> None:
+def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path, watchdog: Watchdog) -> None:
     """Every shard is there, and those that changed since they were last hashed are what the manifest says."""
     ledger, marks = Ledger(run_dir), {}
 
@@ -122,7 +123,9 @@ def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path) -> None:
     changed = rank.tell(sorted(name for name, mark in marks.items() if known.get(name) != mark))
     error = None
     try:
-        corpus.verify_files(corpus_dir, changed[rank.rank :: rank.world_size])
+        for name in changed[rank.rank :: rank.world_size]:
+            corpus.verify_files(corpus_dir, [name])
+            watchdog.alive()
     except UserError as mismatch:
         error = mismatch
     rank.raise_together(error)
