@@ -8,6 +8,7 @@ hash over consumed samples has to be equal, and the losses are compared step by 
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def draw(path: Path, moved: dict[int, float], whole: dict[int, float], hop_at: i
 
     ticks = "".join(
         f'<text x="{left - 6}" y="{place(0, loss).split(",")[1]}" text-anchor="end" dy="4">{loss}</text>'
-        for loss in range(round(low) + 1, round(high))
+        for loss in range(math.ceil(low), math.floor(high) + 1)
     ) + "".join(
         f'<text x="{place(step, low).split(",")[0]}" y="{height - bottom + 18}" text-anchor="middle">{step}</text>'
         for step in range(0, STEPS + 1, 10)
@@ -89,7 +90,7 @@ def draw(path: Path, moved: dict[int, float], whole: dict[int, float], hop_at: i
         f'<text x="{float(middle) - 8}" y="22" text-anchor="end">LUMI: 8 ranks, ZeRO-1</text>'
         f'<text x="{float(middle) + 8}" y="22">LEONARDO: 4 ranks, ZeRO-2</text>'
         f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">step</text>'
-        f'<text x="{left + 8}" y="{height - bottom - 10}">loss, nats a token</text>'
+        f'<text x="{left + 8}" y="{height - bottom - 10}">loss, nats a token; thin line: the run that was not moved</text>'
         + curve({s: v for s, v in moved.items() if s <= hop_at}, 'stroke="#c2410c" stroke-width="4" opacity="0.55"')
         + curve({s: v for s, v in moved.items() if s >= hop_at}, 'stroke="#1d4ed8" stroke-width="4" opacity="0.55"')
         + curve(whole, 'stroke="#111" stroke-width="1"')
@@ -115,15 +116,18 @@ def main() -> int:
         starts = [(r["cluster"], r["world_size"], r["step"]) for r in ledger if r["event"] == "train_start"]
         found, expected = (read_manifest(list_checkpoints(r)[-1])["progress"] for r in (run, alone / "runs/moved"))
         moved, whole = losses(run), losses(alone / "runs/moved")
-        worst = max(abs(moved[step] / whole[step] - 1) for step in whole)
+        off = {step: abs(moved.get(step, 0) / whole[step] - 1) for step in whole}
+        early = max(off[step] for step in off if step <= 20)
         hops = [record["event"] for record in ledger if record["event"] in ("moved", "arrived")]
         print(f"starts (cluster, ranks, step): {starts}; the ledger tells: {', '.join(hops)}")
-        print(f"loss differs by {worst:.1e} at most over {len(whole)} steps; {time.monotonic() - began:.0f} s")
+        # What is summed in another order differs in its last bits, and training lets that grow.
+        print(f"loss differs by {early:.1e} at most over 20 steps, by {max(off.values()):.1e} over {len(off)}")
+        print(f"{time.monotonic() - began:.0f} s")
         same = all(found[key] == expected[key] for key in ("step", "order_hash", "consumed"))
         print(f"step, sample hash {found['order_hash']} and tokens by language {'equal' if same else 'DIFFER'}")
         if given.draw:
             draw(given.draw, moved, whole, starts[-1][2])
-        return 0 if same and worst < 1e-4 and len(moved) == STEPS else 1
+        return 0 if same and early < 1e-5 and max(off.values()) < 1e-2 else 1
     finally:
         lumi.stop()
         leonardo.stop()
