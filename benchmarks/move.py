@@ -90,7 +90,7 @@ def draw(path: Path, moved: dict[int, float], whole: dict[int, float], hop_at: i
         f'<text x="{float(middle) - 8}" y="22" text-anchor="end">LUMI: 8 ranks, ZeRO-1</text>'
         f'<text x="{float(middle) + 8}" y="22">LEONARDO: 4 ranks, ZeRO-2</text>'
         f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">step</text>'
-        f'<text x="{left + 8}" y="{height - bottom - 10}">loss, nats a token; thin line: the run that was not moved</text>'
+        f'<text x="{left + 8}" y="{height - bottom - 10}">loss, nats a token; thin: not moved</text>'
         + curve({s: v for s, v in moved.items() if s <= hop_at}, 'stroke="#c2410c" stroke-width="4" opacity="0.55"')
         + curve({s: v for s, v in moved.items() if s >= hop_at}, 'stroke="#1d4ed8" stroke-width="4" opacity="0.55"')
         + curve(whole, 'stroke="#111" stroke-width="1"')

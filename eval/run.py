@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from configs.enums import Device, Precision
-from configs.errors import UserError
+from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 from eval.results import Identity, family_means, read_result, result_path, write_result
 from eval.suites import build_suite
@@ -96,6 +96,18 @@ def _plan(cfg: RunConfig, run_dir: Path, documents: Sequence[Document], corpus_h
     return suite_dir, to_do
 
 
+def _verify_together(checkpoint: Path, ranks: PartialState) -> None:
+    """Each rank hashes its share of the files; the first one tells what is wrong, and no rank goes on."""
+    complaint = None
+    try:
+        verify_files(checkpoint, ranks.process_index, ranks.num_processes)
+    except UserError as error:
+        complaint = (error.found, error.rule, error.repair)
+    found = [c for c in gather_object([complaint]) if c]
+    if found:
+        raise UserError(*found[0]) if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
+
+
 def _evaluate_checkpoint(
     cfg: RunConfig,
     checkpoint: Path,
@@ -107,7 +119,7 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     start = time.monotonic()
     index = _suite_index(suite_dir)
-    verify_files(checkpoint, ranks.process_index, ranks.num_processes)
+    _verify_together(checkpoint, ranks)
     decoder, model_sha256 = load_decoder(checkpoint, cfg)
     # In the format in which training computes, so that the last validation of training shows the same figures.
     decoder = decoder.to(ranks.device, torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32)

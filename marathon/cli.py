@@ -119,6 +119,8 @@ def move(arguments: list[str]) -> int:
     """Takes a run to another place."""
     from marathon.move import move as move_run
 
+    if len(arguments) == 2 and arguments[1].startswith("--to="):
+        arguments = [arguments[0], *arguments[1].split("=", 1)]
     if len(arguments) != 3 or arguments[1] != "--to":
         raise UserError(
             f"marathon move {' '.join(arguments)}",
@@ -181,6 +183,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
     from ledger import host
     from ledger.record import Ledger
     from marathon.stages import moved_to
+    from train.faults import refuse_if_held
 
     cfg = compose(overrides)
     require_families(cfg.suite)
@@ -208,6 +211,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
         print(f"warning: run {cfg.name} was moved to {place}; what is done here stays here", file=sys.stderr)
     if frozen.exists() and not changes:
         return cfg, folder
+    refuse_if_held(folder)
     freeze(cfg, frozen)
     facts = {"config_hash": config_hash(cfg), "software": host.software(), "commit": host.commit()}
     if changes:

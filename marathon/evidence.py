@@ -22,6 +22,7 @@ _TOLD = {
     "corpus": "Corpus ready: {documents} documents, {tokens} tokens",
     "mixture": "Mixture planned, {rule}",
     "mixture_phase": "Mixture changes at step {step}",
+    "start": "Stage {stage} starts; the run has come to {reached}",
     "train_start": "Training starts at step {step} on {cluster}, world size {world_size}, ZeRO-{zero_stage}",
     "self_test": "Gradients compared with one process in fp32: {error}",
     "step_left_out": "Step {step} left out, its gradient is {grad_norm}",
@@ -179,5 +180,7 @@ def _of_family(record: Record, family: str) -> dict[str, Record]:
 def _sentence(record: Record) -> str:
     facts = {key: count(value) if isinstance(value, int | float) else value for key, value in record.items()}
     pairs = record.get("settings", {}).items()
+    if isinstance(record.get("error"), float):
+        facts["error"] = f"{record['error']:.1e}"
     facts["settings"] = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in pairs)
     return _TOLD[record["event"]].format_map(defaultdict(lambda: gap("not recorded"), facts))

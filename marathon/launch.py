@@ -1,5 +1,6 @@
 """Starts the processes of a stage on this machine, as srun or torchrun do on a cluster."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -44,6 +45,9 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     for rank, process in enumerate(processes):
+        if process.returncode == status < 0:
+            name = signal.Signals(-status).name
+            print(f"rank {rank} was ended by {name}: the same line goes on from the last checkpoint", file=sys.stderr)
         if (rank and process.returncode not in (0, status)) or (rank and status and not processes[0].returncode):
             _show_end(_log_path(run_dir, stage, rank))
     return status
@@ -69,7 +73,13 @@ def _start(stage: str, run_dir: Path, rank: int, world_size: int, threads: int, 
         stderr=subprocess.STDOUT if output else None,
         # The terminal's Ctrl-C goes to us alone; we pass it on once.
         start_new_session=True,
+        preexec_fn=_asked_to_stop_with_parent,
     )
+
+
+def _asked_to_stop_with_parent() -> None:
+    """Where the command is killed, its processes get SIGTERM: they save, and do not go on unseen."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _wait(processes: list["subprocess.Popen[bytes]"]) -> int:

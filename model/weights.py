@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-000000120` that stands complete under its name or not at all:
 
     manifest.json             progress, and for every file its sha256 and the fragments it holds
-    manifest.sha256           hash of the manifest, as `sha256sum -c` reads it
+    manifest.sha256           hashes of the manifest and of all files, as `sha256sum -c` reads them
     rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…`, `exp_avg_sq/…`; random states
 
 A fragment is a range of a flattened parameter, addressed by the parameter's name and the first index: files
@@ -58,15 +58,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = path.read_bytes()
     with _readable(path_sha256):
         expected = path_sha256.read_bytes()
-    if manifest_sha256(content) != expected:
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        is_sound = manifest_sha256(content) == expected
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
         raise damaged(path, f"is not what {MANIFEST_SHA256} says")
-    manifest: dict[str, Any] = json.loads(content)
     return manifest
 
 
 def manifest_sha256(content: bytes) -> bytes:
-    """What stands beside a manifest of this content, in the form that `sha256sum` has."""
-    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+    """What stands beside a manifest of this content: its hash and those of its files, as `sha256sum -c` reads them."""
+    hashes = {MANIFEST: hashlib.sha256(content).hexdigest()}
+    hashes |= {name: entry["sha256"] for name, entry in json.loads(content)["files"].items()}
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in hashes.items()).encode()
 
 
 def checkpoint_sha256(checkpoint: Path) -> str:

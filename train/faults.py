@@ -20,6 +20,7 @@ JOB_ENDS_AT = "MARATHON_JOB_ENDS_AT"
 """Seconds since the epoch at which the machine ends this job; job scripts set it."""
 MARGIN_S = 30.0
 """Kept free at the end of a job, besides twice the slowest step, validation and checkpoint so far."""
+LOCK = "train.lock"
 LOCK_WAIT_S = 60.0
 """How long a start waits for the processes of the one before to be gone."""
 
@@ -60,15 +61,13 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file: IO[str] = open(run_dir / "logs" / "train.lock", "w")  # noqa: SIM115 (held until the end)
+        self._file: IO[str] = open(run_dir / "logs" / LOCK, "a")  # noqa: SIM115 (held until the end)
         deadline = time.monotonic() + LOCK_WAIT_S
+        if not self._take():
+            print(f"another process trains this run: waiting up to {LOCK_WAIT_S:.0f} s for its end", flush=True)
         while not self._take():
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{run_dir} is being trained by another process",
-                    "one job at a time trains a run",
-                    "wait for it or end it: squeue --me, or the other terminal",
-                )
+                raise is_held_error(run_dir)
             time.sleep(0.5)
 
     def _take(self) -> bool:
@@ -79,6 +78,29 @@ class RunLock:
         except OSError:  # a file system without locks
             return True
         return True
+
+
+def refuse_if_held(run_dir: Path) -> None:
+    """Raises `UserError` where a process of this machine, or of a shared file system with locks, trains the run."""
+    path = run_dir / "logs" / LOCK
+    if not path.exists():
+        return
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise is_held_error(run_dir) from None
+        except OSError:  # a file system without locks
+            return
+
+
+def is_held_error(run_dir: Path) -> UserError:
+    """What is said to the second one."""
+    return UserError(
+        f"{run_dir} is being trained by another process",
+        "one job at a time trains a run, with the settings it was started with",
+        "wait for it or end it: squeue --me, or the other terminal",
+    )
 
 
 def refuse_bad_numbers(skipped_steps: Sequence[int], step: int, limit: int) -> None:

@@ -38,10 +38,10 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     """Trains as one of the ranks; returns the exit status: 0 at the last step, `EXIT_SAVED` before."""
     signals = StopSignals()
     rank = join(cfg)
+    locks: list[RunLock] = []  # held until the end; nothing of another start's is touched before
+    rank.first_does(lambda: locks.append(RunLock(run_dir)))
     watchdog = Watchdog(run_dir / "logs", rank.rank, cfg.engine.timeout_s)
     try:
-        lock: list[RunLock] = []
-        rank.first_does(lambda: lock.append(RunLock(run_dir)))
         job = _prepare(cfg, run_dir, corpus_dir, rank, signals, watchdog)
         try:
             end = train(job)
@@ -70,6 +70,7 @@ def _prepare(
     }
     resume_from = _choose_checkpoint(rank, run_dir, identity)
     progress = Progress.from_json(read_manifest(resume_from)["progress"]) if resume_from else Progress()
+    rank.first_does(lambda: _refuse_fewer_steps(cfg, progress.step))
     rank.first_does(lambda: require_space(run_dir, cfg, vocab_rows, progress.step))
     phases, mixture = _phases(cfg, corpus_dir, manifest, progress)
 
@@ -148,6 +149,15 @@ def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> P
         return None
     rank.first_does(lambda: checkpoint.require_identity(found, identity))
     return found
+
+
+def _refuse_fewer_steps(cfg: RunConfig, step: int) -> None:
+    if step > cfg.train.steps:
+        raise UserError(
+            f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {step}",
+            "a run may be made longer, or end where it stands",
+            f"train.tokens={step * cfg.train.tokens_per_step} or more",
+        )
 
 
 def _refuse_to_begin_again(run_dir: Path, complaints: list[str]) -> None:

@@ -45,7 +45,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if not self.path.stat().st_size:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):

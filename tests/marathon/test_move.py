@@ -19,7 +19,7 @@ from ledger.record import Ledger
 from marathon.cli import open_run
 from marathon.move import move
 from marathon.places import Place
-from model.weights import file_sha256, list_checkpoints, read_manifest, verify_files
+from model.weights import file_sha256, list_checkpoints, manifest_sha256, read_manifest, verify_files
 from tests.marathon.conftest import SMALL, Command
 from tests.marathon.servers import s3_server, ssh_server
 
@@ -316,7 +316,7 @@ def with_a_large_file(checkpoint, n_bytes):
     manifest = read_manifest(checkpoint)
     manifest["files"][path.name] = {"sha256": file_sha256(path), "bytes": n_bytes, "fragments": []}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (checkpoint / "manifest.sha256").write_text(f"{file_sha256(checkpoint / 'manifest.json')}  manifest.json\n")
+    (checkpoint / "manifest.sha256").write_bytes(manifest_sha256((checkpoint / "manifest.json").read_bytes()))
     return path
 
 

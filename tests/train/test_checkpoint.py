@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from configs.errors import UserError
 from data.order import Phase
-from model.weights import FragmentReader, list_checkpoints, read_manifest
+from model.weights import FragmentReader, list_checkpoints, manifest_sha256, read_manifest
 from tests.train.states import IDENTITY, NUMEL, Weights, write
 from train import checkpoint, retention
 from train.checkpoint import (
@@ -333,7 +333,7 @@ def test_another_identity_or_format_is_refused(tmp_path):
         assert "seed" in refusal.value.rule and "name=" in refusal.value.repair
     manifest = json.dumps({**read_manifest(path), "format": 1})
     (path / "manifest.json").write_text(manifest)
-    (path / "manifest.sha256").write_text(f"{hashlib.sha256(manifest.encode()).hexdigest()}  manifest.json\n")
+    (path / "manifest.sha256").write_bytes(manifest_sha256(manifest.encode()))
     with pytest.raises(UserError) as refusal:
         require_identity(path, IDENTITY)
     assert refusal.value.found == f"{path.name} has format 1"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from configs.errors import UserError
 from data.shards import SUFFIXES, Shard, ShardWriter, document_ids, read_sidecar
-from model.weights import FragmentReader, file_sha256, read_manifest
+from model.weights import FragmentReader, file_sha256, manifest_sha256, read_manifest
 from tests.test_layout import ROOMS, ROOT
 from tests.train.states import Weights, write
 from train.checkpoint import newest_usable, restore
@@ -37,6 +37,7 @@ BETWEEN_OWN_PROCESSES = {
     ("train/dist.py", "all_gather_object"),
     ("train/dist.py", "broadcast_object_list"),
     ("eval/run.py", "broadcast_object_list"),
+    ("eval/run.py", "gather_object"),
     ("eval/validation.py", "all_gather_object"),
 }
 """The one thing that is pickled: what ranks of one job, and workers of one loader, tell each other through sockets.
@@ -78,7 +79,7 @@ def with_hash(checkpoint, **changes):
     """Writes the manifest anew, with a hash that is right."""
     manifest = json.dumps({**read_manifest(checkpoint), **changes})
     (checkpoint / "manifest.json").write_text(manifest)
-    (checkpoint / "manifest.sha256").write_text(f"{hashlib.sha256(manifest.encode()).hexdigest()}  manifest.json\n")
+    (checkpoint / "manifest.sha256").write_bytes(manifest_sha256(manifest.encode()))
 
 
 def test_no_room_reads_or_writes_what_can_hold_code():
@@ -117,7 +118,7 @@ def test_a_manifest_that_would_act_is_an_error_and_does_not(tmp_path, alone, hos
     (checkpoint / "manifest.json").write_bytes(content)
     assert newest_usable(tmp_path, alone)[0] is None
     (checkpoint / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         read_manifest(checkpoint)
     assert not acted.exists()
 
