@@ -98,6 +98,14 @@ class Manifest:
         content = json.dumps([shards, self.tokenizer.sha256["tokenizer.model"]])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each file of the tokenizer and the shards, by its name below the corpus."""
+        hashes = {f"tokenizer/{name}": known for name, known in self.tokenizer.sha256.items()}
+        for shard in self.shards:
+            hashes |= {shard.stem + suffix: known for suffix, known in shard.sha256.items()}
+        return hashes
+
     def facts(self) -> dict[str, Any]:
         """What the ledger says of the corpus. Counts are those of the training split unless they say otherwise."""
         train = [s for s in self.shards if s.split == TRAIN]
@@ -142,7 +150,7 @@ def marks(corpus_dir: Path) -> dict[str, list[int]]:
     Raises one `UserError` that names the files that are missing or cannot be reached.
     """
     found, missing = {}, []
-    for name in _hashes(corpus_dir):
+    for name in Manifest.load(corpus_dir).hashes:
         try:
             info = (corpus_dir / name).stat()
             found[name] = [info.st_size, info.st_mtime_ns]
@@ -155,7 +163,7 @@ def marks(corpus_dir: Path) -> dict[str, list[int]]:
 
 def verify_files(corpus_dir: Path, names: Iterable[str]) -> None:
     """Reads these files again; raises one `UserError` that names those that are not what the manifest says."""
-    known, changed = _hashes(corpus_dir), []
+    known, changed = Manifest.load(corpus_dir).hashes, []
     for name in names:
         try:
             if (found := sha256(corpus_dir / name)) != known[name]:
@@ -169,14 +177,6 @@ def verify_files(corpus_dir: Path, names: Iterable[str]) -> None:
 def verify(corpus_dir: Path) -> None:
     """Every file is there and is what the manifest says; raises `UserError` that names those that are not."""
     verify_files(corpus_dir, marks(corpus_dir))
-
-
-def _hashes(corpus_dir: Path) -> dict[str, str]:
-    manifest = Manifest.load(corpus_dir)
-    hashes = {f"tokenizer/{name}": known for name, known in manifest.tokenizer.sha256.items()}
-    for shard in manifest.shards:
-        hashes |= {shard.stem + suffix: known for suffix, known in shard.sha256.items()}
-    return hashes
 
 
 def _first(complaints: list[str]) -> str:

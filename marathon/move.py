@@ -15,7 +15,6 @@ from pathlib import Path
 from configs.errors import UserError
 from data.manifest import MANIFEST, Manifest, marks
 from data.manifest import verify_files as verify_corpus
-from data.shards import SUFFIXES
 from ledger.progress import Progress
 from ledger.record import Ledger
 from marathon.places import ARRIVING, File, Place
@@ -128,7 +127,7 @@ def _look_through(source: Place, run: str) -> Pack:
     corpus_dir, checkpoint = Path(record["path"]), _newest_whole(run_dir)
     corpus, step = f"corpora/{corpus_dir.name}", f"{run}/{CHECKPOINTS}/{checkpoint.name}"
     sizes = marks(corpus_dir)
-    files = {f"{corpus}/{n}": File(sizes[n][0], h) for n, h in _hashes(Manifest.load(corpus_dir))}
+    files = {f"{corpus}/{n}": File(sizes[n][0], h) for n, h in Manifest.load(corpus_dir).hashes.items()}
     files[f"{corpus}/{MANIFEST}"] = _file(corpus_dir / MANIFEST)
     known = {name: entry["sha256"] for name, entry in read_manifest(checkpoint)["files"].items()}
     for path in sorted(checkpoint.iterdir(), key=lambda path: (path.name not in known, path.name)):
@@ -188,7 +187,9 @@ def _look_over_there(target: Place, run: str, pack: Pack, desk: Path) -> tuple[P
                 "give that folder another name, or move to another scratch folder",
             )
         # Prepared there or brought by another run, it is what its own manifest says; sidecars may differ from ours.
-        theirs = {f"{pack.corpus}/{n}": File(sizes.get(f"{pack.corpus}/{n}", -1), h) for n, h in _hashes(manifest)}
+        theirs = {
+            f"{pack.corpus}/{n}": File(sizes.get(f"{pack.corpus}/{n}", -1), h) for n, h in manifest.hashes.items()
+        }
         ours = {name: file for name, file in pack.files.items() if theirs.get(name, file).sha256 == file.sha256}
         if all(file.n_bytes >= 0 and ours.get(name, file) == file for name, file in theirs.items()):
             theirs[f"{pack.corpus}/{MANIFEST}"] = File.of(content)
@@ -264,12 +265,6 @@ def _hand_over(source: Place, target: Place, run: str, pack: Pack, desk: Path) -
 def _write_list(target: Place, name: str, files: dict[str, File], **facts: str) -> None:
     content = {**facts, "files": {path: asdict(file) for path, file in files.items()}}
     target.write(name, json.dumps(content, indent=1).encode())
-
-
-def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
-    """Name below the corpus and sha256 of each file that the manifest knows."""
-    hashes = [(f"tokenizer/{name}", known) for name, known in manifest.tokenizer.sha256.items()]
-    return hashes + [(s.stem + suffix, s.sha256[suffix]) for s in manifest.shards for suffix in SUFFIXES]
 
 
 def _file(path: Path, sha256: str = "") -> File:

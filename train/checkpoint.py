@@ -121,12 +121,12 @@ def commit(run_dir: Path, progress: dict[str, Any], facts: dict[str, Any], world
     _write_synced(folder / MANIFEST_SHA256, manifest_sha256(manifest.encode()).decode())
     for rank in range(world_size):
         (folder / rank_file(rank)).with_suffix(".json").unlink()
-    sync_folder(folder)
+    _sync_folder(folder)
     final = folder.with_name(folder.name.removeprefix(".writing-"))
     if final.exists():  # not whole, or it would have been gone on from
         remove(final)
     folder.rename(final)
-    sync_folder(final.parent)
+    _sync_folder(final.parent)
     return final
 
 
@@ -201,7 +201,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def sync_folder(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Forces the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -93,10 +93,6 @@ class Rank:
                 error = refusal
         self.raise_together(error)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return self.sum_integers([int(flag)])[0] > 0
-
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         on_device = values.to(self.device)
         torch_dist.all_reduce(on_device)

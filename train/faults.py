@@ -63,39 +63,35 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._file: IO[str] = open(run_dir / "logs" / LOCK, "a")  # noqa: SIM115 (held until the end)
         deadline = time.monotonic() + LOCK_WAIT_S
-        if not self._take():
+        if not _locks(self._file):
             print(f"another process trains this run: waiting up to {LOCK_WAIT_S:.0f} s for its end", flush=True)
-        while not self._take():
+        while not _locks(self._file):
             if time.monotonic() > deadline:
-                raise is_held_error(run_dir)
+                raise _held(run_dir)
             time.sleep(0.5)
-
-    def _take(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks
-            return True
-        return True
 
 
 def refuse_if_held(run_dir: Path) -> None:
     """Raises `UserError` where a process of this machine, or of a shared file system with locks, trains the run."""
     path = run_dir / "logs" / LOCK
-    if not path.exists():
-        return
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise is_held_error(run_dir) from None
-        except OSError:  # a file system without locks
-            return
+    if path.exists():
+        with path.open("a") as file:
+            if not _locks(file):
+                raise _held(run_dir)
 
 
-def is_held_error(run_dir: Path) -> UserError:
-    """What is said to the second one."""
+def _locks(file: IO[str]) -> bool:
+    """Takes the lock that closing the file gives back; where a file system has none, nobody holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _held(run_dir: Path) -> UserError:
     return UserError(
         f"{run_dir} is being trained by another process",
         "one job at a time trains a run, with the settings it was started with",

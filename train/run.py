@@ -1,5 +1,6 @@
 """A rank, in reading order: join, corpus, checkpoint, order, engine, resume or begin, loop."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,19 @@ def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path, watchdog: Watchd
     changed = rank.tell(sorted(name for name, mark in marks.items() if known.get(name) != mark))
     error = None
     try:
-        for name in changed[rank.rank :: rank.world_size]:
-            corpus.verify_files(corpus_dir, [name])
-            watchdog.alive()
+        corpus.verify_files(corpus_dir, _watched(changed[rank.rank :: rank.world_size], watchdog))
     except UserError as mismatch:
         error = mismatch
     rank.raise_together(error)
     if rank.is_first and changed:
         ledger.append("corpus_verified", path=str(corpus_dir), files=len(changed), marks=marks)
+
+
+def _watched(names: list[str], watchdog: Watchdog) -> Iterator[str]:
+    """The names, one by one: what is done with each may take a while, and all of them longer than a hang."""
+    for name in names:
+        watchdog.alive()
+        yield name
 
 
 def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> Path | None:
