@@ -4,7 +4,7 @@ They run on the composed config, before anything is written or started. A rule r
 instead of raising it, so that one round of mending is enough.
 """
 
-from configs.enums import Device, MixtureRule, Precision, ScheduleName, SourceFormat, WandbMode
+from configs.enums import Device, Precision, ScheduleName, SourceFormat, WandbMode
 from configs.errors import UserError, raise_together
 from configs.schema import RunConfig
 
@@ -48,14 +48,14 @@ def _warmup_ends_before_the_decay(cfg: RunConfig) -> UserError | None:
     )
 
 
-def _weights_fit_their_rule(cfg: RunConfig) -> UserError | None:
-    given, wanted = bool(cfg.mixture.weights), cfg.mixture.rule is MixtureRule.weights
-    if given == wanted:
+def _phases_begin_within_the_run(cfg: RunConfig) -> UserError | None:
+    late = [phase.from_tokens for phase in cfg.mixture.phases if phase.from_tokens >= cfg.train.tokens]
+    if not late:
         return None
     return UserError(
-        f"mixture.rule = {cfg.mixture.rule.value} with mixture.weights = {cfg.mixture.weights}",
-        "weights belong to the rule `weights`, and it needs them",
-        "mixture.rule=weights 'mixture.weights={de:0.5,fr:0.5}', or no weights",
+        f"mixture.phases from {late[0]} tokens on, train.tokens = {cfg.train.tokens}",
+        "a phase begins before the run ends",
+        f"train.tokens above {late[-1]}, or 'mixture.phases=[]'",
     )
 
 
@@ -121,7 +121,7 @@ RULES = (
     _name_is_a_folder_name,
     _sequences_divide_over_devices,
     _warmup_ends_before_the_decay,
-    _weights_fit_their_rule,
+    _phases_begin_within_the_run,
     _something_is_held_out,
     _a_source_exists,
     _hub_data_is_pinned_and_allowed,

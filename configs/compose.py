@@ -24,10 +24,13 @@ from configs.checks import check
 from configs.enums import SourceFormat
 from configs.errors import UserError
 from configs.schema import RunConfig
+from configs.text import map_paths
 
 GROUPS = Path(__file__).parent
 """Folder of the YAML groups."""
 
+FREE_KEYS = ("mixture.weights", "mixture.sources", "mixture.max_epochs_of")
+"""Settings whose keys are names of languages or sources."""
 FREE_TO_CHANGE = (
     "train.tokens",
     "train.validate_every_steps",
@@ -38,6 +41,7 @@ FREE_TO_CHANGE = (
     "train.log_every_steps",
     "train.loader_workers",
     "train.max_micro_batch_seqs",
+    "tasks.",
     "mixture.",
     "engine.",
     "faults.",
@@ -62,8 +66,8 @@ def compose(overrides: list[str]) -> RunConfig:
             raise UserError(
                 override, "arguments have the form SETTING=VALUE", f"experiment={override.lstrip('-')}, or name=…"
             )
-    # The one setting with free keys; Hydra would want a plus sign for each of them.
-    overrides = [f"++{o}" if o.startswith("mixture.weights") else o for o in overrides]
+    # Settings with free keys; Hydra would want a plus sign for each of them.
+    overrides = [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
@@ -78,6 +82,7 @@ def compose(overrides: list[str]) -> RunConfig:
     for source in cfg.corpus.sources.values():
         if source.format is not SourceFormat.hub or os.path.exists(source.path):
             source.path = _absolute(source.path)
+    map_paths(cfg.corpus, lambda path: _absolute(path) if "/" in path else path)  # others are names of models
     cfg.tokenizer.path = _absolute(cfg.tokenizer.path)
     cfg.cluster.scratch = os.path.abspath(cfg.cluster.scratch)
     check(cfg)
@@ -130,6 +135,8 @@ def is_free_to_change(key: str) -> bool:
     # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
     if key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path"):
         return True
+    if key == "mixture.packing":  # what a sequence is, decides what stands at a position
+        return False
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_TO_CHANGE)
 
 
@@ -162,6 +169,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
         items = [(f.name, getattr(node, f.name)) for f in fields(node)]
     elif isinstance(node, dict):
         items = list(node.items())
+    elif isinstance(node, list) and any(map(is_dataclass, node)):
+        items = [(str(i), item) for i, item in enumerate(node)]
     else:
         return {prefix.rstrip("."): node.value if isinstance(node, Enum) else node}
     return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}

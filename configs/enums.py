@@ -9,7 +9,25 @@ class SourceFormat(Enum):
     jsonl = "jsonl"
     parquet = "parquet"
     text = "text"
+    warc = "warc"
+    megatron = "megatron"
     hub = "hub"
+
+
+class Runner(Enum):
+    """What starts the tasks that prepare a corpus."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+class LanguageBalance(Enum):
+    """How much each language counts when a tokenizer is trained."""
+
+    natural = "natural"
+    temperature = "temperature"
+    uniform = "uniform"
+    parity = "parity"
 
 
 class MixtureRule(Enum):
@@ -18,6 +36,13 @@ class MixtureRule(Enum):
     weights = "weights"
     temperature = "temperature"
     unimax = "unimax"
+
+
+class Packing(Enum):
+    """How documents are put into sequences."""
+
+    concat = "concat"
+    best_fit = "best_fit"
 
 
 class Precision(Enum):

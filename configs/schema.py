@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from configs.enums import Device, Precision, ScheduleName, WandbMode
 from configs.rules import require, require_positive, require_share
-from configs.text import CorpusConfig, MixtureConfig, TokenizerConfig
+from configs.text import CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
 
 @dataclass
@@ -301,6 +301,8 @@ class RunConfig:
     """Seeds initial weights and the order of samples."""
     corpus: CorpusConfig = MISSING
     """Text in."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    """Where the text is prepared."""
     tokenizer: TokenizerConfig = MISSING
     """Text to tokens."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

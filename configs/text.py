@@ -1,10 +1,13 @@
 """Settings of the text: corpus, tokenizer, mixture. In the form that `schema.py` describes."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from configs.enums import MixtureRule, SourceFormat
+from configs.enums import LanguageBalance, MixtureRule, Packing, Runner, SourceFormat
 from configs.rules import require, require_positive, require_share
 
 
@@ -13,7 +16,7 @@ class SourceConfig:
     """One source of documents."""
 
     format: SourceFormat = MISSING
-    """jsonl (plain, .gz, .zst), parquet, text (a document a file), or hub (Hugging Face datasets)."""
+    """jsonl (plain, .gz, .zst), parquet, text (a document a file), warc, megatron (.bin, .idx), or hub (datasets)."""
     path: str = MISSING
     """File, folder or glob; `package:…` is a file shipped with Marathon; for hub a folder or a hub id."""
     licence: str = MISSING
@@ -28,6 +31,12 @@ class SourceConfig:
     """Field of a record that holds the text."""
     id_field: str = "id"
     """Field of a record that holds a stable id; where it is absent, file and row number serve."""
+    url_field: str = "url"
+    """Field of a record that holds the address it came from, which opt-outs are matched with; it may be absent."""
+    licence_field: str = ""
+    """Field of a record that holds the licence of this document; empty: all have `licence`."""
+    tokenizer: str = ""
+    """For megatron: the `tokenizer.model` that made its tokens."""
     hub_config: str = ""
     """Configuration name of a Hugging Face dataset, often the language."""
     hub_split: str = "train"
@@ -60,6 +69,96 @@ class HoldoutConfig:
 
 
 @dataclass
+class IdentifyConfig:
+    """Which language a text is in, found out from the text."""
+
+    model: str = ""
+    """`lid176` and `langid` come with the packages; else the path of a fastText model (GlotLID, OpenLID); empty: the
+    language that the source declares is believed."""
+    second: str = ""
+    """A second model, which has to agree in the languages of `confused`; empty: the first decides alone."""
+    confused: list[list[str]] = field(default_factory=list)
+    """Groups of languages that are easily taken for one another, such as [hr, bs, sr]."""
+    min_score: float = 0.3
+    """A text whose language is less sure than this is rejected; `clean.thresholds` may say so by language."""
+    min_characters: int = 25
+    """Shorter texts keep their declared language: there is not enough to go by."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.second) == bool(self.confused),
+            f"identify.second = {self.second!r} with identify.confused = {self.confused}",
+            "the second model is asked in the languages of `confused`, and only there",
+            "give both, or neither",
+        )
+
+
+@dataclass
+class OptOutConfig:
+    """Who does not want their text to be used."""
+
+    domains: list[str] = field(default_factory=list)
+    """Files of domains or beginnings of addresses, one a line; `#` begins a comment."""
+    ids: list[str] = field(default_factory=list)
+    """Files of document ids, one a line."""
+    robots: list[str] = field(default_factory=list)
+    """robots.txt of hosts: WARC files that hold them, or JSON lines with `host`, `robots` and `date`."""
+    agents: list[str] = field(
+        default_factory=lambda: ["*", "GPTBot", "CCBot", "Google-Extended", "ClaudeBot", "anthropic-ai"]
+    )
+    """A document is left out where one of these user agents may not fetch it."""
+
+
+@dataclass
+class CleanConfig:
+    """What each document goes through, in this order; nothing of it unless asked for."""
+
+    opt_out: OptOutConfig = field(default_factory=OptOutConfig)
+    """Whose text is left out."""
+    repair_unicode: bool = False
+    """Mend text that was decoded wrongly, and drop control characters."""
+    identify: IdentifyConfig = field(default_factory=IdentifyConfig)
+    """Identification of languages."""
+    thresholds: str = ""
+    """YAML of quality thresholds by language, as `marathon thresholds` derives them; `package:data/thresholds.yaml` is
+    shipped; empty: no quality filter."""
+    scorer: str = ""
+    """A fastText classifier of quality; empty: none."""
+    scorer_label: str = "__label__hq"
+    """The label of the classifier whose probability is the score."""
+    min_quality: float = 0.0
+    """Documents that the scorer gives less are rejected."""
+    privacy: list[str] = field(default_factory=list)
+    """Personal data to replace by tokens such as <email>: email, ip, phone, iban, card, national_id."""
+
+
+@dataclass
+class DedupConfig:
+    """Which copies of a text are left out, within a language and across sources."""
+
+    exact: bool = True
+    """Texts that are alike but for spaces, case and punctuation."""
+    near: bool = False
+    """Texts that share most of their 5-grams too (MinHash)."""
+    licence_order: list[str] = field(default_factory=list)
+    """Licences from the freest on: of copies the one with the first of these stays, then the one with the lowest id."""
+
+
+@dataclass
+class DecontaminateConfig:
+    """Training text that holds what the model will be asked in evaluation."""
+
+    against: list[str] = field(default_factory=list)
+    """JSON lines files with `text`, or text files, to look for; empty: no search."""
+    ngram: int = 13
+    """A match is so many words in a row."""
+    max_documents: int = 10
+    """An n-gram in more documents than this is a common phrase and no match."""
+    remove: bool = False
+    """Leave such documents out; else they are only marked in the audit."""
+
+
+@dataclass
 class CorpusConfig:
     """Text in: the sources and what is kept of them."""
 
@@ -69,11 +168,68 @@ class CorpusConfig:
     """Languages to keep (BCP-47); empty: all that occur."""
     holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
     """Documents kept for validation."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """Cleaning of each document."""
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    """Copies."""
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    """Text of evaluations."""
+    shard_bytes: int = 1 << 29
+    """Text of a shard, in bytes: 512 MiB are about 130 M tokens."""
     max_bad_share: float = 0.01
     """Share of a source's records that may be quarantined before the stage stops."""
 
     def __post_init__(self) -> None:
         require_share("corpus", max_bad_share=self.max_bad_share)
+
+
+def map_paths(corpus: CorpusConfig, change: Callable[[str], str]) -> None:
+    """Puts `change(path)` in place of every path of a list or model that decides about documents."""
+    clean = corpus.clean
+    sections: list[tuple[Any, tuple[str, ...]]] = [
+        (clean, ("thresholds", "scorer")),
+        (clean.identify, ("model", "second")),
+        (clean.opt_out, ("domains", "ids", "robots")),
+        (corpus.decontaminate, ("against",)),
+        *((source, ("tokenizer",)) for source in corpus.sources.values()),
+    ]
+    for section, names in sections:
+        for name in names:
+            value = getattr(section, name)
+            setattr(section, name, [*map(change, value)] if isinstance(value, list) else value and change(value))
+
+
+MAX_TASKS = 1000
+"""Of an array: Slurm's MaxArraySize where a site sets none, less one."""
+
+
+@dataclass
+class TasksConfig:
+    """Where a corpus is prepared; what comes out does not depend on it."""
+
+    runner: Runner = Runner.local
+    """local: processes on this machine; slurm: arrays of jobs, submitted from a login node."""
+    workers: int = 0
+    """local: processes at once; 0: one for each core."""
+    tasks: int = 64
+    """slurm: jobs of an array; each does its share of the input files, languages or shards."""
+    partition: str = ""
+    """slurm: partition of nodes without accelerators."""
+    account: str = ""
+    """slurm: project to be billed; empty: the one in SBATCH_ACCOUNT, or the cluster's default."""
+    time: str = "08:00:00"
+    """slurm: time limit of a job; one that is ended by it goes on with the unit it was at when submitted again."""
+    gib: int = 8
+    """slurm: memory of a job."""
+
+    def __post_init__(self) -> None:
+        require_positive("tasks", tasks=self.tasks, gib=self.gib)
+        require(self.tasks <= MAX_TASKS, f"tasks.tasks = {self.tasks}", "a Slurm array has fewer", f"up to {MAX_TASKS}")
+        require(self.workers >= 0, f"tasks.workers = {self.workers}", "cannot be negative", "0 for one a core")
+        is_complete = self.runner is Runner.local or bool(self.partition)
+        require(
+            is_complete, "tasks.partition = ''", "Slurm needs a partition", "tasks.partition=small, or tasks=lumi_c"
+        )
 
 
 @dataclass
@@ -86,30 +242,96 @@ class TokenizerConfig:
     """Entries of the vocabulary, specials and 256 bytes included."""
     character_coverage: float = 0.9999
     """Share of characters that get an entry of their own; the rest is spelled in bytes."""
-    language_alpha: float = 1.0
-    """Languages weigh by bytes ** alpha when training: 1 natural, 0 all alike."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Tokens that text may hold, such as <email> in place of an address: one id each, never part of another token."""
+    balance: LanguageBalance = LanguageBalance.natural
+    """natural: languages weigh by their bytes; temperature: by bytes ** `language_alpha`; uniform: all alike; parity:
+    by a search that lowers the tokens of the worst-off language for the same content."""
+    language_alpha: float = 0.3
+    """Exponent of the balance `temperature`: 1 natural, 0 all alike."""
+    parity_text: str = "package:data/samples/udhr-europe.jsonl.zst"
+    """JSON lines with `lang`, `article` and `text`: articles that say the same in each language. The balance `parity`
+    and the report of the tokenizer measure on them."""
+    parity_rounds: int = 6
+    """Steps of the balance `parity`, each a training on the most frequent words of every language."""
+    max_train_bytes_per_language: int = 1 << 28
+    """Text of a language that words are counted in, whole documents by the hash of their id. 256 MiB have a million
+    or two of distinct words: about 20 GB of memory for 24 languages."""
 
     def __post_init__(self) -> None:
         require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
-        found, rule = f"tokenizer.vocab_size = {self.vocab_size}", "bytes and specials take 260, it must be above 300"
-        require(self.vocab_size > 300, found, rule, "4096 for a smoke run, 131072 for 24 languages")
+        positive = {name: getattr(self, name) for name in ("parity_rounds", "max_train_bytes_per_language")}
+        require_positive("tokenizer", **positive)
+        n_fixed = 260 + len(self.special_tokens)
+        found, rule = f"tokenizer.vocab_size = {self.vocab_size}", f"bytes and specials take {n_fixed} entries"
+        require(self.vocab_size > n_fixed + 40, found, rule, "4096 for a smoke run, 131072 for 24 languages")
+        for token in self.special_tokens:
+            # A bracket at both ends and nowhere else: no two of them overlap in any text.
+            is_fit = re.fullmatch(r"<[^\s<>\u2581]+>", token) and not re.fullmatch(r"<(/?s|pad|unk|0x..)>", token)
+            require(
+                bool(is_fit) and self.special_tokens.count(token) == 1,
+                f"tokenizer.special_tokens: {token!r}",
+                "each is named once, as one word in angle brackets; <s> </s> <pad> <unk> and <0x41> have their meaning",
+                "tokenizer.special_tokens=['<email>','<phone>']",
+            )
 
 
 @dataclass
-class MixtureConfig:
-    """How often each language is seen."""
+class PhaseConfig:
+    """How often each language and source is seen, in one stretch of a run."""
 
     rule: MixtureRule = MixtureRule.temperature
-    """weights: as given; temperature: tokens ** alpha; unimax: even, with a cap on epochs."""
+    """Shares of languages. weights: as given; temperature: tokens ** alpha; unimax: even, with a cap on epochs."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share by language, for the rule `weights`; normalised to 1."""
     alpha: float = 1.0
     """Exponent of the rule `temperature`: 1 natural, 0 all alike."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Factor by source: within a language sources share by tokens times factor, 1 where none is given; 0 leaves out."""
     max_epochs: float = 4.0
-    """No language is seen more often than this; UniMax gives what it would have had to the others."""
+    """No text is seen more often than this, what earlier phases showed included; UniMax gives the rest to others."""
+    max_epochs_of: dict[str, float] = field(default_factory=dict)
+    """The same by source, where it differs."""
     allow_more_epochs: bool = False
     """Go on, with a warning, where a rule overspends `max_epochs`."""
 
     def __post_init__(self) -> None:
         require_share("mixture", alpha=self.alpha)
         require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
+        require_positive("mixture.max_epochs_of", **self.max_epochs_of)
+        for name, factor in self.sources.items():
+            require(factor >= 0, f"mixture.sources.{name} = {factor}", "a factor is not negative", "0 leaves it out")
+        require(
+            bool(self.weights) == (self.rule is MixtureRule.weights),
+            f"mixture.rule = {self.rule.value} with mixture.weights = {self.weights}",
+            "weights belong to the rule `weights`, and it needs them",
+            "mixture.rule=weights 'mixture.weights={de:0.5,fr:0.5}', or no weights",
+        )
+
+
+@dataclass
+class LaterPhaseConfig(PhaseConfig):
+    """A mixture that takes over in mid-run; what it does not name has the defaults, not the values before it."""
+
+    from_tokens: int = MISSING
+    """Tokens of the run after which it begins."""
+
+
+@dataclass
+class MixtureConfig(PhaseConfig):
+    """The mixture that a run begins with, the phases after it, and how documents are put into sequences."""
+
+    phases: list[LaterPhaseConfig] = field(default_factory=list)
+    """Later mixtures, in order."""
+    packing: Packing = Packing.concat
+    """concat: documents one after another, cut at the ends of sequences; best_fit: whole where they fit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        starts = [0, *(phase.from_tokens for phase in self.phases)]
+        require(
+            starts == sorted(set(starts)),
+            f"mixture.phases begin at {starts[1:]} tokens",
+            "each begins after the one before, and the first after 0",
+            "put them in order",
+        )

@@ -1,4 +1,4 @@
-"""Which files a path means, what is in them, line by line, and their hashes.
+"""Which files a path means, what is in them, block by block or line by line, and their hashes.
 
 Nothing is passed over in silence: a folder that cannot be read, a pattern that matches nothing, and a
 compressed file that is cut off or damaged each stop the stage with a `UserError` that names the file.
@@ -23,9 +23,12 @@ from configs.errors import UserError
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 """Folder that holds `data/`: a checkout, or where Marathon is installed. `package:` stands for it."""
 
-CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 1 << 28
-"""256 MiB. A longer line is a whole JSON array taken for JSON lines, and would fill the memory."""
+MAX_RECORD_BYTES = 1 << 26
+"""64 MiB, a hundred novels. A longer record is bad: mostly a whole JSON array taken for JSON lines."""
+
+BLOCK_BYTES = 1 << 20
+PIECE_BYTES = 1 << 12
+"""Compressed bytes taken at a time. zstd makes at most 2^15 times as much of them, which is 128 MiB."""
 
 _REPAIRS = {
     errno.ENOENT: "correct the path; docs/own-text.md tells how to bring or fetch text",
@@ -71,27 +74,41 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     return [InputFile(p, p.relative_to(root).as_posix()) for p in sorted(set(found))]
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines without their line break, decompressed where the name ends in .gz or .zst.
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Content in blocks of at most 1 MiB, decompressed where the name ends in .gz or .zst.
 
     Raises `UserError` with the position where a compressed file is damaged or cut off.
     """
-    n_lines, rest = 0, b""
-    with readable(str(path)), path.open("rb") as file:
+    with readable(str(path)), path.open("rb", buffering=BLOCK_BYTES) as file:
         try:
             for block in _decompressed(file, path.suffix):
-                *lines, rest = (rest + block).split(b"\n")
-                yield from lines
-                n_lines += len(lines)
-                _refuse_endless_line(path, n_lines, rest)
+                # A bomb comes as a block of up to 128 MiB; to split it at line breaks would take many times that.
+                for start in range(0, len(block), BLOCK_BYTES):
+                    yield block[start : start + BLOCK_BYTES]
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise UserError(
-                f"{path}: {error}, at or before byte {file.tell()}, after {n_lines} whole lines",
+                f"{path}: {error}, at or before byte {file.tell()}",
                 "a source is read whole or not at all",
                 f"fetch or write the file again; `{'zstd' if path.suffix == '.zst' else 'gzip'} -t` checks it",
             ) from None
-    if rest:
-        yield rest
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines without their line break; one that is too long comes as its first `MAX_RECORD_BYTES` + 1 bytes.
+
+    Raises what `read_blocks` raises.
+    """
+    pieces, n_bytes = [b""], 0
+    for block in read_blocks(path):
+        first, *others = block.split(b"\n")
+        pieces.append(first[: max(MAX_RECORD_BYTES + 1 - n_bytes, 0)])
+        n_bytes += len(first)
+        if others:
+            yield b"".join(pieces)
+            yield from others[:-1]
+            pieces, n_bytes = [others[-1]], len(others[-1])
+    if n_bytes:
+        yield b"".join(pieces)
 
 
 def sha256(path: Path) -> str:
@@ -171,7 +188,7 @@ def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     """Blocks of content. A file may hold several frames; the last must be whole, which libraries do not check."""
     fresh = _DECOMPRESSORS.get(suffix)
     stream, n_frames = None, 0
-    while chunk := file.read(CHUNK_BYTES):
+    while chunk := file.read(PIECE_BYTES if fresh else BLOCK_BYTES):
         if fresh is None:
             yield chunk
             continue
@@ -183,12 +200,3 @@ def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
                 stream, n_frames = None, n_frames + 1
     if fresh is not None and (stream is not None or n_frames == 0):
         raise EOFError("the compressed file is cut off")
-
-
-def _refuse_endless_line(path: Path, n_lines: int, rest: bytes) -> None:
-    if len(rest) > MAX_LINE_BYTES:
-        raise UserError(
-            f"{path}: line {n_lines + 1} is longer than {MAX_LINE_BYTES >> 20} MiB",
-            "a line is one record: one JSON object",
-            "if the file is one JSON array: jq -c '.[]' FILE > FILE.jsonl",
-        )

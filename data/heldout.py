@@ -19,7 +19,7 @@ def split_of(document: Document, holdout: HoldoutConfig) -> str:
     if holdout.by_field:
         held_out = str(document.fields.get(holdout.by_field)) in map(str, holdout.by_values)
     else:
-        held_out = _rank(document.id) < holdout.share * 2**64
+        held_out = rank_of(document.id) < holdout.share * 2**64
     return VALID if held_out else TRAIN
 
 
@@ -50,7 +50,7 @@ class ValidDocuments:
 
     def read(self, language: str) -> list[ValidDocument]:
         """Documents of one language, sorted by the hash of their id."""
-        found = sorted(self._rows(language), key=lambda row: (_rank(row[0]), row[0]))
+        found = sorted(self._rows(language), key=lambda row: (rank_of(row[0]), row[0]))
         chosen = found[: self._manifest.max_valid_docs_per_language]
         return [
             ValidDocument(doc_id, language, source, n_bytes, shard.document(row).astype(np.int64))
@@ -61,8 +61,10 @@ class ValidDocuments:
         for entry in self._manifest.shards_of(language, VALID):
             shard = Shard(self._dir / entry.stem)
             for row, (doc_id, n_bytes) in enumerate(read_sidecar(self._dir / entry.stem, "id", "n_bytes")):
-                yield doc_id, entry.source, n_bytes, shard, row
+                if n_bytes:  # a removed document has none
+                    yield doc_id, entry.source, n_bytes, shard, row
 
 
-def _rank(doc_id: str) -> int:
+def rank_of(doc_id: str) -> int:
+    """A number below 2**64 that an id has everywhere."""
     return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "big")

@@ -1,7 +1,10 @@
 """Positions → batches. The whole state is the position; see `data/order.py` for what stands where."""
 
 import multiprocessing
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -11,8 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.manifest import TRAIN, Manifest
+from configs.enums import Packing
+from data.manifest import TRAIN, Manifest, ShardEntry
 from data.order import Order, Phase, Stream, unskipped
+from data.packing import PackedShard, read_record
 from data.shards import Shard, document_ids
 
 
@@ -22,13 +27,13 @@ class Batch(TypedDict):
     tokens: Tensor
     """int64 [B, T + 1]."""
     doc: Tensor
-    """int32 [B, T + 1]: number of the document within the sample, from 0."""
+    """int32 [B, T + 1]: number of the document within the sample, from 0; of padding, each token has its own."""
     position: Tensor
     """int64 [B]: place in the order of the run."""
     sample_id: Tensor
     """int64 [B]."""
-    language: Tensor
-    """int64 [B]: index into `Samples.languages`."""
+    part: Tensor
+    """int64 [B]: index into `Samples.parts`."""
 
 
 class DocumentName(NamedTuple):
@@ -39,64 +44,73 @@ class DocumentName(NamedTuple):
     id: str
 
 
-class LanguageTokens:
-    """All training tokens of a language: its shards one after another, as a circle."""
+Piece = tuple[int, int, int]
+"""A stretch of a sequence: shard of the part, first token within the shard, and end."""
 
-    def __init__(self, shards: list[Shard]) -> None:
-        self._shards = shards
-        self._ends = np.cumsum([len(s.tokens) for s in shards])
-        self.n_tokens = int(self._ends[-1])
 
-    def read(self, start: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """`n` tokens from `start`, and for each the number of its document, counted from the first one here."""
-        tokens, is_start = np.empty(n, np.int64), np.zeros(n, np.int32)
-        done = 0
-        for k, first, end in self._pieces(start, n):
-            shard = self._shards[k]
-            tokens[done : done + end - first] = shard.tokens[first:end]
-            is_start[done] = done > 0  # a further piece begins a shard, and so a document
-            is_start[shard.starts_between(first, end) - first + done] = 1
-            done += end - first
-        return tokens, np.cumsum(is_start, dtype=np.int32)
+class Concatenated:
+    """Sequence s of a part is its tokens s T … s T + T, its shards one after another and in a circle.
 
-    def rows(self, start: int, n: int) -> Iterator[tuple[int, int]]:
-        """Shard and row of each document that `n` tokens from `start` belong to, in order."""
-        for k, first, end in self._pieces(start, n):
-            yield from ((k, row) for row in self._shards[k].rows_between(first, end))
+    The circle means that no token is lost at the end, and that a part shorter than a sequence works.
+    """
 
-    def _pieces(self, start: int, n: int) -> Iterator[tuple[int, int, int]]:
-        """Shard, first token and end of each stretch that `n` tokens from `start` consist of."""
-        done = 0
-        while done < n:
-            place = (start + done) % self.n_tokens
-            k = int(np.searchsorted(self._ends, place, "right"))
-            n_here = len(self._shards[k].tokens)
-            first = place - int(self._ends[k]) + n_here
-            end = min(first + n - done, n_here)
-            yield k, first, end
-            done += end - first
+    def __init__(self, n_tokens: Sequence[int], seq_len: int) -> None:
+        self._bounds, self._seq_len = list(accumulate(n_tokens, initial=0)), seq_len
+        self.n_sequences = -(-self._bounds[-1] // seq_len)
+
+    def pieces(self, sequence: int) -> Iterator[Piece]:
+        """The stretches that a sequence consists of, in order."""
+        place, n_left = sequence * self._seq_len, self._seq_len + 1
+        while n_left:
+            place %= self._bounds[-1]
+            k = bisect_right(self._bounds, place) - 1
+            n = min(n_left, self._bounds[k + 1] - place)
+            yield k, place - self._bounds[k], place - self._bounds[k] + n
+            place, n_left = place + n, n_left - n
+
+
+class BestFit:
+    """The sequences that data/packing.py has made of each shard, one shard after another."""
+
+    def __init__(self, indices: Sequence[tuple[str, int, int]]) -> None:
+        self._bounds, self._indices = list(accumulate((n for _, n, _ in indices), initial=0)), indices
+        self.n_sequences = self._bounds[-1]
+
+    def pieces(self, sequence: int) -> Iterator[Piece]:
+        """The documents that a sequence consists of, whole or what was cut from them."""
+        k = bisect_right(self._bounds, sequence) - 1
+        path, _, crc = self._indices[k]
+        found = _open_packed(path, crc).pieces(sequence - self._bounds[k])
+        return ((k, first, end) for first, end in found)
 
 
 class Samples(Dataset[Batch]):
-    """Samples of a run by position: sequence s of a language is its tokens s T … s T + T, in a circle.
+    """Samples of a run by position. Shards are opened when they are first read, once in each process."""
 
-    The circle means that no token is lost at the end, and that a language shorter than a sequence works.
-    Files are opened where they are read, once in each process.
-    """
-
-    def __init__(self, corpus_dir: Path, phases: Sequence[Phase], seq_len: int, seed: int) -> None:
-        manifest = Manifest.load(corpus_dir)
-        self.seq_len, tokens = seq_len, manifest.tokens_by_language(TRAIN)
-        self.languages = manifest.languages(TRAIN)
-        """All languages with training text, sorted, whether a phase draws them or not."""
-        self._dir = corpus_dir
-        self._shards = {lang: manifest.shards_of(lang, TRAIN) for lang in self.languages}
+    def __init__(
+        self, corpus_dir: Path, phases: Sequence[Phase], seq_len: int, seed: int, packing: Packing = Packing.concat
+    ) -> None:
+        manifest, folder, self.seq_len = Manifest.load(corpus_dir), str(corpus_dir), seq_len
+        self._tokenizer, self._is_packed = manifest.tokenizer, packing is Packing.best_fit
+        self._has_removed = any(entry.n_removed for entry in manifest.shards)
+        parts: dict[str, list[ShardEntry]] = {"/".join(part): [] for part in manifest.tokens_by_part(TRAIN)}
+        for entry in manifest.shards:
+            if entry.split == TRAIN:
+                parts[f"{entry.language}/{entry.source}"].append(entry)
+        self.parts = list(parts)
+        """All parts with training text, sorted, whether a phase draws them or not."""
+        self._stems = [[f"{folder}/{entry.stem}" for entry in shards] for shards in parts.values()]
+        self._layouts: Sequence[Concatenated | BestFit]
+        if self._is_packed:
+            record = read_record(corpus_dir, seq_len, (entry for shards in parts.values() for entry in shards))
+            self._layouts = [BestFit([record[entry.stem] for entry in shards]) for shards in parts.values()]
+        else:
+            self._layouts = [Concatenated([entry.n_tokens for entry in shards], seq_len) for shards in parts.values()]
         streams = []
-        for lang in self.languages:
-            content = " ".join(entry.sha256[".bin"] for entry in self._shards[lang])
-            streams.append(Stream(lang, -(-tokens[lang] // seq_len), content))
+        for (part, shards), layout in zip(parts.items(), self._layouts, strict=True):
+            content = " ".join(entry.sha256[suffix] for entry in shards for suffix in (".bin", ".idx"))
+            streams.append(Stream(part, layout.n_sequences, f"{packing.value} {content}"))
         self.order = Order(streams, seed, phases)
-        self._open: dict[str, LanguageTokens] = {}
 
     def __getitem__(self, position: int) -> Batch:
         """The sample at one position, as a batch of one."""
@@ -106,16 +120,28 @@ class Samples(Dataset[Batch]):
         """The samples at `positions` as one batch; the name is the one DataLoader looks for."""
         places = np.asarray(positions, np.int64)
         found = self.order.locate(places)
-        rows = [
-            self._tokens_of(self.languages[lang]).read(int(sequence) * self.seq_len, self.seq_len + 1)
-            for lang, sequence in zip(found.language, found.sequence, strict=True)
-        ]
+        tokens = np.empty((len(places), self.seq_len + 1), np.int64)
+        is_start = np.zeros(tokens.shape, np.int32)
+        for row, (part, sequence) in enumerate(zip(found.part.tolist(), found.sequence.tolist(), strict=True)):
+            at = 0
+            for k, first, end in self._layouts[part].pieces(sequence):
+                shard, stop = _open_shard(self._stems[part][k]), at + end - first
+                tokens[row, at:stop] = shard.tokens[first:end]
+                is_start[row, at] = 1
+                if not self._is_packed:  # a piece of a packed sequence lies within a document
+                    is_start[row, shard.starts_between(first, end) - first + at] = 1
+                at = stop
+            tokens[row, at:], is_start[row, at:] = self._tokenizer.pad_id, 1
+        if self._has_removed:  # a removed document consists of </s>: each is one of its own, so that none is predicted
+            is_end = tokens == self._tokenizer.eos_id
+            is_start[:, 1:] |= is_end[:, 1:] & is_end[:, :-1]
+        is_start[:, 0] = 0
         return Batch(
-            tokens=torch.from_numpy(np.stack([tokens for tokens, _ in rows])),
-            doc=torch.from_numpy(np.stack([doc for _, doc in rows])),
+            tokens=torch.from_numpy(tokens),
+            doc=torch.from_numpy(np.cumsum(is_start, axis=1, dtype=np.int32)),
             position=torch.from_numpy(places),
             sample_id=torch.from_numpy(found.sample_id),
-            language=torch.from_numpy(found.language),
+            part=torch.from_numpy(found.part),
         )
 
     def documents(self, positions: ArrayLike) -> list[DocumentName]:
@@ -123,31 +149,21 @@ class Samples(Dataset[Batch]):
 
         A sample's last token is only a target, and none where it begins a document: that document is not touched.
         """
-        found = self.order.locate(positions)
-        touched: dict[tuple[str, int, int], None] = {}
-        for lang, sequence in zip(found.language, found.sequence, strict=True):
-            language = self.languages[lang]
-            rows = self._tokens_of(language).rows(int(sequence) * self.seq_len, self.seq_len)
-            touched |= {(language, k, row): None for k, row in rows}
-        rows_of: dict[tuple[str, int], list[int]] = {}
-        for language, k, row in touched:
-            rows_of.setdefault((language, k), []).append(row)
-        ids = {
-            (language, k): document_ids(self._dir / self._shards[language][k].stem, rows)
-            for (language, k), rows in rows_of.items()
-        }
-        return [
-            DocumentName(self._shards[language][k].source, language, ids[language, k][row])
-            for language, k, row in touched
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
-
-    def _tokens_of(self, language: str) -> LanguageTokens:
-        if language not in self._open:
-            self._open[language] = LanguageTokens([Shard(self._dir / entry.stem) for entry in self._shards[language]])
-        return self._open[language]
+        found, touched = self.order.locate(positions), dict[tuple[str, str, int], None]()
+        for part, sequence in zip(found.part.tolist(), found.sequence.tolist(), strict=True):
+            n_left = self.seq_len
+            for k, first, end in self._layouts[part].pieces(sequence):
+                stem, end = self._stems[part][k], min(end, first + n_left)
+                if first < end:
+                    rows = _open_shard(stem).rows_between(first, end)
+                    touched |= dict.fromkeys((self.parts[part], stem, row) for row in rows)
+                n_left -= end - first
+        rows_of: dict[str, list[int]] = {}
+        for _, stem, row in touched:
+            rows_of.setdefault(stem, []).append(row)
+        ids = {stem: document_ids(Path(stem), rows) for stem, rows in rows_of.items()}
+        names = [(*part.split("/"), ids[stem][row]) for part, stem, row in touched]
+        return [DocumentName(source, language, name) for language, source, name in names]
 
 
 def batches(
@@ -206,3 +222,12 @@ def _loader(samples: Samples, wanted: Iterator[NDArray[np.int64]], workers: int)
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+# Each takes three mappings, of which Linux grants a process 65,530.
+@lru_cache(1 << 14)
+def _open_shard(stem: str) -> Shard:
+    return Shard(Path(stem))
+
+
+_open_packed = lru_cache(1 << 14)(PackedShard)

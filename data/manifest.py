@@ -7,9 +7,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from configs.errors import UserError
 from data.files import sha256, write_whole
@@ -20,17 +22,17 @@ TRAIN, VALID = "train", "valid"
 """The two splits: what training reads, and what it never sees."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard: the documents of one source in one language and split."""
+    """One shard: documents of one source in one language and split."""
 
     stem: str
     """Path of its files below the corpus, without their suffix."""
     source: str
     language: str
-    licence: str
-    origin: str
     split: str
+    licences: list[str]
+    """Licences of its documents, sorted."""
     n_docs: int
     n_tokens: int
     """With one `<s>` and one `</s>` a document."""
@@ -38,6 +40,8 @@ class ShardEntry:
     """UTF-8 bytes of the text."""
     sha256: dict[str, str]
     """Hash of each file by its suffix."""
+    n_removed: int = 0
+    """Documents taken out after it was made; their tokens are `</s>`."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,18 @@ class Manifest:
     """A prepared corpus."""
 
     shards: list[ShardEntry]
-    """Sorted by language, source and split."""
+    """Sorted by language, source, split and number."""
     tokenizer: TokenizerEntry
-    n_read: dict[str, int]
-    """Records read, by source."""
-    quarantine: dict[str, dict[str, int]]
-    """Records set aside, by source and reason; one by one in quarantine.jsonl."""
-    other_languages: dict[str, dict[str, int]]
-    """Documents in languages that the config does not want, by source and language."""
-    inputs: dict[str, dict[str, str]]
-    """Hashes of the files read, by source and name."""
+    documents: str
+    """Name of the folder of cleaned documents that the shards were made from."""
+    sources: dict[str, dict[str, Any]]
+    """By source: `origin`, `records` read and rejected by reason, and the hashes of its `files` by name."""
+    steps: dict[str, Any]
+    """By step of cleaning: documents and bytes that came, were left, and were rejected by reason."""
+    lists: list[dict[str, Any]]
+    """Lists and models that decided about documents: file, hash and, of opt-outs, date and entries."""
+    removed: list[dict[str, Any]]
+    """Documents taken out later, each time with the hash that the corpus had before."""
     max_valid_docs_per_language: int
     """How many held-out documents validation reads."""
     versions: dict[str, str]
@@ -79,16 +85,16 @@ class Manifest:
         if not path.is_file():
             raise UserError(f"{path} is not there", "a corpus is prepared before it is used", "marathon data")
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = orjson.loads(path.read_bytes())
             found["shards"] = [ShardEntry(**s) for s in found["shards"]]
             found["tokenizer"] = TokenizerEntry(**found["tokenizer"])
             return cls(**found)
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(f"{path}: {error}") from error
 
-    def save(self, corpus_dir: Path) -> None:
+    def save(self, corpus_dir: Path, name: str = MANIFEST) -> None:
         """Writes `manifest.json`; a corpus with a manifest is complete."""
-        write_whole(corpus_dir / MANIFEST, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_whole(corpus_dir / name, orjson.dumps(self, option=orjson.OPT_INDENT_2).decode() + "\n")
 
     @property
     def corpus_hash(self) -> str:
@@ -109,20 +115,23 @@ class Manifest:
     def facts(self) -> dict[str, Any]:
         """What the ledger says of the corpus. Counts are those of the training split unless they say otherwise."""
         train = [s for s in self.shards if s.split == TRAIN]
-        by_source = {name: [s for s in train if s.source == name] for name in sorted(self.n_read)}
+        by_source = {name: [s for s in train if s.source == name] for name in sorted(self.sources)}
         return {
             "corpus_hash": self.corpus_hash,
+            "documents_folder": self.documents,
             **_counts(train),
             "held_out_documents": sum(s.n_docs for s in self.shards if s.split == VALID),
-            "licences": sorted({s.licence for s in train}),
+            "licences": _licences(train),
             "sources": {
-                name: {"licence": shards[0].licence, "origin": shards[0].origin, **_counts(shards)}
+                name: {"licences": _licences(shards), "origin": self.sources[name]["origin"], **_counts(shards)}
                 for name, shards in by_source.items()
                 if shards
             },
             "languages": {lang: _counts(self.shards_of(lang, TRAIN)) for lang in self.languages(TRAIN)},
-            "quarantine": self.quarantine,
-            "other_languages": self.other_languages,
+            "records": {name: source["records"] for name, source in self.sources.items()},
+            "steps": self.steps,
+            "lists": self.lists,
+            "removed_documents": sum(len(removal["ids_sha256"]) for removal in self.removed),
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer_sha256": self.tokenizer.sha256,
         }
@@ -135,12 +144,12 @@ class Manifest:
         """Languages that have documents in a split, sorted."""
         return sorted({s.language for s in self.shards if s.split == split})
 
-    def tokens_by_language(self, split: str) -> dict[str, int]:
-        """Tokens of a split by language, sorted by language."""
-        total: Counter[str] = Counter()
+    def tokens_by_part(self, split: str) -> dict[tuple[str, str], int]:
+        """Tokens of a split by language and source, sorted."""
+        total: Counter[tuple[str, str]] = Counter()
         for shard in self.shards:
             if shard.split == split:
-                total[shard.language] += shard.n_tokens
+                total[shard.language, shard.source] += shard.n_tokens
         return dict(sorted(total.items()))
 
 
@@ -182,6 +191,10 @@ def verify(corpus_dir: Path) -> None:
 def _first(complaints: list[str]) -> str:
     more = [f"and {len(complaints) - 3} more"] if len(complaints) > 3 else []
     return "; ".join(complaints[:3] + more)
+
+
+def _licences(shards: list[ShardEntry]) -> list[str]:
+    return sorted({licence for shard in shards for licence in shard.licences})
 
 
 def _counts(shards: list[ShardEntry]) -> dict[str, int]:

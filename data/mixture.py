@@ -1,170 +1,275 @@
-"""How many tokens of each language a run sees, planned before it starts and whenever the plan changes.
+"""How many tokens of each part a run sees, phase by phase, planned before it starts and whenever the plan changes.
 
-A language is never repeated more often than `mixture.max_epochs` unless the config says so in words.
+A part is the text of one source in one language, named `de/wiki`. A rule gives the shares of languages; within a
+language, sources share by tokens times their factor. No text is shown more often than `max_epochs`, earlier phases
+included, unless the config says so in words.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from configs.enums import MixtureRule
-from configs.errors import UserError
-from configs.text import MixtureConfig
-from data.order import Phase
+from configs.errors import UserError, raise_together
+from configs.text import MixtureConfig, PhaseConfig
+from data.order import CYCLE, Phase, by_language
+from ledger.pages import render
+
+Array = NDArray[Any]
+
+_EXACT = 1e-9
+"""Relative error within which a cap is kept."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One language of a mixture."""
+    """One part in one phase, as the order draws it."""
 
-    language: str
+    part: str
     available_tokens: int
+    slots: int
+    """Of `CYCLE`."""
     share: float
-    """Of all tokens planned; shares sum to 1."""
     tokens: int
     """Tokens planned, repetitions counted."""
     epochs: float
-    """How often the run sees the language's text, with what it saw before this plan."""
+    """How often the run will have seen the part by the end of the phase."""
     cap: str
-    """`capped` where UniMax held it at max_epochs, `over` where it is seen more often, else empty."""
+    """`capped` where UniMax held it at max_epochs, `over` where it is seen more often, `small` where it is left out
+    since one slot would already show it more often; else empty."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The plan: one row a language, sorted by name."""
+    """The plan of one phase: a row for each part, sorted by name."""
 
+    from_position: int
+    from_tokens: int
+    rule: str
     rows: list[Row]
     unspent_tokens: int
-    """Tokens of the budget for which no language has text left within max_epochs."""
+    """Tokens of the phase for which no part has text left within max_epochs."""
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Share by language, without languages that have none."""
-        return {row.language: row.share for row in self.rows if row.share > 0}
-
-
-def plan_mixture(
-    tokens_by_language: Mapping[str, int],
-    cfg: MixtureConfig,
-    total_tokens: int,
-    seen: Mapping[str, int] | None = None,
-) -> Mixture:
-    """Shares of the languages for `total_tokens` more, after the tokens of each language that were `seen` before.
-
-    Raises `UserError` where weights name languages that are not there, or a language would be seen more than
-    `max_epochs` times. With `allow_more_epochs` the plan goes on and the table says so.
-    """
-    mixture = _plan(tokens_by_language, cfg, total_tokens, seen or {})
-    if not cfg.allow_more_epochs:
-        _refuse_repetition(mixture, cfg, total_tokens, seen or {})
-    return mixture
+    def phase(self) -> Phase:
+        """What the order needs of it."""
+        return Phase(self.from_position, {row.part: row.slots for row in self.rows if row.slots})
 
 
 def plan_phases(
     phases: Sequence[Phase],
-    drawn: Mapping[str, int],
     cfg: MixtureConfig,
-    tokens_by_language: Mapping[str, int],
+    tokens_by_part: Mapping[tuple[str, str], int],
     *,
     position: int,
     end_position: int,
     seq_len: int,
-) -> tuple[list[Phase], Mixture]:
-    """The phases with which a run goes on at `position`, and the plan of the last one, up to `end_position`.
+) -> tuple[list[Phase], list[Mixture]]:
+    """The phases with which a run goes on at `position`, and the plans of the current one and those to come.
 
-    `phases` are those so far, none at a start, and `drawn` the sequences of each language before `position`. Where
-    `cfg` plans the shares of the phase that was running, that phase goes on; else one more begins at `position`.
-    Raises `UserError` as `plan_mixture` does.
+    `phases` are those so far, none at a start; `tokens_by_part` is the text there is, by language and source. Where
+    `cfg` still plans the phase that was running, that one goes on; else another begins at `position`. What has not
+    begun is planned anew. Raises `UserError` where `cfg` names what is not there or a part would be seen more often
+    than `max_epochs`; with `allow_more_epochs` the plan goes on and the table says so.
     """
-    # A phase that begins here or later has drawn nothing yet, and is planned anew.
-    kept = [phase for phase in phases if phase.from_position < position]
-    if kept:
-        span = _span(kept[-1], end_position, seq_len)
-        if _plan(tokens_by_language, cfg, *span).shares == kept[-1].shares:
-            return kept, plan_mixture(tokens_by_language, cfg, *span)
-    fresh = Phase(position, {}, {lang: n for lang, n in drawn.items() if n})
-    mixture = plan_mixture(tokens_by_language, cfg, *_span(fresh, end_position, seq_len))
-    return [*kept, replace(fresh, shares=mixture.shares)], mixture
+    available = {"/".join(part): n for part, n in sorted(tokens_by_part.items())}
+    # A phase that begins here or later has drawn nothing yet.
+    begun = [phase for phase in phases if phase.from_position < position]
+    before, start = begun, position
+    if begun:
+        running = begun[-1].from_position
+        mixtures, _ = _plan(begun[:-1], running, cfg, available, end_position, seq_len)
+        if mixtures[0].phase == begun[-1] and not any(running < m.from_position < position for m in mixtures):
+            before, start = begun[:-1], running
+    mixtures, refusals = _plan(before, start, cfg, available, end_position, seq_len)
+    raise_together(refusals)
+    return [*before, *(mixture.phase for mixture in mixtures)], mixtures
 
 
-def table(mixture: Mixture) -> str:
-    """The plan as text: share, tokens, epochs and cap of each language."""
-    lines = [f"{'language':<10}{'available':>16}{'share':>9}{'tokens':>18}{'epochs':>9}  cap"]
-    for row in mixture.rows:
-        counts = f"{row.available_tokens:>16,}{row.share:>9.3%}{row.tokens:>18,}{row.epochs:>9.2f}"
-        lines.append(f"{row.language:<10}{counts}  {row.cap}".rstrip())
-    if over := [row.language for row in mixture.rows if row.cap == "over"]:
-        lines.append(f"warning: seen more often than mixture.max_epochs: {', '.join(over)}")
-    if mixture.unspent_tokens:
-        lines.append(f"warning: {mixture.unspent_tokens:,} tokens of the budget exceed what max_epochs allows")
-    return "\n".join(lines)
+def language_rows(mixtures: Sequence[Mixture]) -> list[dict[str, Any]]:
+    """All phases together by language, in the words of `Row`; of caps the one that all its parts share at the end."""
+    tokens: Counter[str] = Counter()
+    for mixture in mixtures:
+        tokens.update(by_language({row.part: row.tokens for row in mixture.rows}))
+    found, last = [], mixtures[-1].rows
+    for lang, planned in sorted(tokens.items()):
+        own = [row for row in last if row.part.startswith(f"{lang}/")]
+        n, caps = sum(row.available_tokens for row in own), {row.cap for row in own}
+        epochs = sum(row.epochs * row.available_tokens for row in own) / n
+        row = {"language": lang, "available_tokens": n, "share": planned / tokens.total(), "tokens": planned}
+        found.append(row | {"epochs": epochs, "cap": caps.pop() if len(caps) == 1 else ""})
+    return found
 
 
-def _span(phase: Phase, end_position: int, seq_len: int) -> tuple[int, dict[str, int]]:
-    """Tokens from the beginning of `phase` to the end of the run, and those of each language before."""
-    n_positions = max(end_position - phase.from_position, 0)
-    return n_positions * seq_len, {lang: n * seq_len for lang, n in phase.visits.items()}
+def table(mixtures: Sequence[Mixture]) -> str:
+    """The plan as text: share, tokens, epochs and cap of each part, phase by phase."""
+    width = max(len(row.part) for row in mixtures[0].rows)
+    return render(Path(__file__).with_name("mixture.txt.j2"), mixtures=mixtures, width=width).rstrip()
 
 
-def _plan(available: Mapping[str, int], cfg: MixtureConfig, total_tokens: int, seen: Mapping[str, int]) -> Mixture:
-    available, unspent = dict(sorted(available.items())), 0
-    if cfg.rule is MixtureRule.unimax:
-        room = {lang: max(cfg.max_epochs * n - seen.get(lang, 0), 0.0) for lang, n in available.items()}
-        raw = _unimax(room, total_tokens)
-        # A capped budget is spread over all that is planned: the run has its tokens whatever the plan leaves unspent.
-        unspent = round(total_tokens - sum(raw.values()))
-        raw = raw if any(raw.values()) else {lang: float(n) for lang, n in available.items()}
-    elif cfg.rule is MixtureRule.temperature:
-        raw = {lang: float(n) ** cfg.alpha for lang, n in available.items()}
-    else:
-        raw = _weights(available, cfg)
-    total = sum(raw.values())
-    rows = [_row(lang, n, raw[lang] / total, cfg, total_tokens, seen.get(lang, 0)) for lang, n in available.items()]
-    return Mixture(rows, unspent)
+@dataclass(frozen=True)
+class _Stock:
+    """The text that a phase finds: arrays over `parts`."""
+
+    parts: list[str]
+    tokens: Array
+    weight: Array
+    """For the share within the language."""
+    max_epochs: Array
+    seen: Array
+    """Tokens shown before."""
+
+    @property
+    def room(self) -> Array:
+        """Tokens that may yet be shown."""
+        room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
+        return room
+
+    def epochs(self, tokens: Array) -> Array:
+        """How often each part has been shown after so many tokens more."""
+        shown: Array = (self.seen + tokens) / self.tokens
+        return shown
 
 
-def _weights(available: Mapping[str, int], cfg: MixtureConfig) -> dict[str, float]:
-    if unknown := sorted(cfg.weights.keys() - available.keys()):
+def _plan(
+    before: Sequence[Phase], start: int, cfg: MixtureConfig, available: Mapping[str, int], end: int, seq_len: int
+) -> tuple[list[Mixture], list[UserError]]:
+    """The mixtures from position `start` on, one after another, and what speaks against them."""
+    begins = [0, *(-(-phase.from_tokens // seq_len) for phase in cfg.phases), max(end, start + 1)]
+    names = ["mixture", *(f"mixture.phases.{k}" for k in range(len(cfg.phases)))]
+    end_names = [*(f"{name}.from_tokens" for name in names[1:]), "train.tokens"]
+    phases, mixtures, refusals = list(before), [], []
+    for rule, name, end_name, (begin, stop) in zip([cfg, *cfg.phases], names, end_names, pairwise(begins), strict=True):
+        begin, stop = max(begin, start), min(stop, begins[-1])
+        if begin >= stop:
+            continue
+        stock, n_tokens = _stock(rule, name, available, _seen(phases, begin, seq_len)), (stop - begin) * seq_len
+        wanted, unspent = _wanted(rule, stock, n_tokens)
+        rows = _rows(rule, stock, wanted, n_tokens / CYCLE)
+        mixtures.append(Mixture(begin, begin * seq_len, rule.rule.value, rows, unspent))
+        phases.append(mixtures[-1].phase)
+        refusals += _refusals(rule, name, end_name, stock, wanted, begin * seq_len)
+    return mixtures, refusals
+
+
+def _seen(phases: Sequence[Phase], end: int, seq_len: int) -> dict[str, float]:
+    """Tokens of each part that phases show before position `end`."""
+    slots: Counter[str] = Counter()
+    for phase, (begin, stop) in zip(phases, pairwise([*(p.from_position for p in phases), end]), strict=True):
+        slots.update({part: n * (stop - begin) for part, n in phase.slots.items()})
+    return {part: n * seq_len / CYCLE for part, n in slots.items()}
+
+
+def _stock(cfg: PhaseConfig, name: str, available: Mapping[str, int], seen: Mapping[str, float]) -> _Stock:
+    languages, sources = zip(*(part.split("/") for part in available), strict=True)
+    factors = [cfg.sources.get(source, 1.0) for source in sources]
+    if not any(factors):
         raise UserError(
-            f"mixture.weights names {', '.join(unknown)}",
-            f"the corpus has training text in {', '.join(available)}",
-            "take them out of mixture.weights, or add a source",
+            f"{name}.sources = {cfg.sources}", "some text has to be drawn", "give a source a factor above 0"
         )
-    return {lang: cfg.weights.get(lang, 0.0) for lang in available}
-
-
-def _unimax(room: Mapping[str, float], total_tokens: int) -> dict[str, float]:
-    """Least room first, each an even part of what is left, at most its room (arXiv 2304.09151)."""
-    left, tokens = float(total_tokens), {}
-    by_room = sorted(room, key=lambda lang: (room[lang], lang))
-    for i, lang in enumerate(by_room):
-        tokens[lang] = min(left / (len(by_room) - i), room[lang])
-        left -= tokens[lang]
-    return tokens
-
-
-def _row(lang: str, available: int, share: float, cfg: MixtureConfig, total_tokens: int, seen: int) -> Row:
-    epochs = (seen + share * total_tokens) / available
-    is_capped = cfg.rule is MixtureRule.unimax and math.isclose(epochs, cfg.max_epochs, rel_tol=1e-9)
-    cap = "capped" if is_capped else "over" if epochs > cfg.max_epochs * (1 + 1e-9) else ""
-    return Row(lang, available, share, round(share * total_tokens), epochs, cap)
-
-
-def _refuse_repetition(mixture: Mixture, cfg: MixtureConfig, total_tokens: int, seen: Mapping[str, int]) -> None:
-    # What was seen too often before and is not planned any more cannot be mended.
-    over = [row for row in mixture.rows if row.cap == "over" and row.share]
-    if not over:
-        return
-    worst = max(row.epochs for row in over)
-    times = ", ".join(f"{row.language} {row.epochs:.2f} times" for row in over)
-    room = min((cfg.max_epochs * row.available_tokens - seen.get(row.language, 0)) / row.share for row in over)
-    before = sum(seen.values())
-    # The product of a quotient may fall short of a whole number by a rounding error.
-    fitting = before + math.floor(max(room, 0) * (1 + 1e-12))
-    other = "" if cfg.rule is MixtureRule.unimax else "mixture.rule=unimax, "
-    raise UserError(
-        f"train.tokens = {before + total_tokens} under mixture.rule = {cfg.rule.value} would show {times}",
-        f"mixture.max_epochs = {cfg.max_epochs:g}",
-        f"{other}train.tokens={fitting} or less, more text, mixture.max_epochs={math.ceil(worst)}, "
-        "or mixture.allow_more_epochs=true",
+    drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
+    for setting, keys, known in (
+        ("weights", cfg.weights, drawn),
+        ("sources", cfg.sources, sources),
+        ("max_epochs_of", cfg.max_epochs_of, sources),
+    ):
+        if unknown := sorted(keys.keys() - set(known)):
+            raise UserError(
+                f"{name}.{setting} names {', '.join(unknown)}",
+                f"the corpus has training text in {', '.join(sorted(set(known)))}",
+                f"take them out of {name}.{setting}, or add a source",
+            )
+    tokens = np.array(list(available.values()), np.float64)
+    caps = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
+    return _Stock(
+        list(available), tokens, tokens * factors, caps, np.array([seen.get(part, 0.0) for part in available])
     )
+
+
+def _wanted(cfg: PhaseConfig, stock: _Stock, n_tokens: int) -> tuple[Array, int]:
+    """Tokens of each part, `n_tokens` in all, and how many of them UniMax has no text for."""
+    is_unimax, drawn = cfg.rule is MixtureRule.unimax, np.flatnonzero(stock.weight)
+    languages, index = np.unique([stock.parts[i].split("/")[0] for i in drawn], return_inverse=True)
+    room = stock.room[drawn] if is_unimax else np.full(len(drawn), math.inf)
+    of_language: Array = np.array([cfg.weights.get(str(lang), 0.0) for lang in languages])
+    if is_unimax:
+        of_language = _fill(n_tokens, np.ones(len(languages)), np.bincount(index, room))
+    elif cfg.rule is MixtureRule.temperature:
+        # Python's power, not NumPy's, whose last bit depends on the processor.
+        of_language = np.array([n**cfg.alpha for n in np.bincount(index, stock.tokens[drawn]).tolist()])
+    wanted: Array = np.zeros(len(stock.parts))
+    for k, total in enumerate(of_language):
+        wanted[drawn[index == k]] = _fill(total, stock.weight[drawn[index == k]], room[index == k])
+    unspent = round(n_tokens - wanted.sum()) if is_unimax else 0
+    # A capped budget is spread over all that is planned: the run has its tokens whatever the plan leaves unspent.
+    wanted = wanted if wanted.any() else stock.weight
+    return wanted / wanted.sum() * n_tokens, unspent
+
+
+def _fill(total: float, weight: Array, room: Array) -> Array:
+    """Least room for its weight first, each its share of what is left, at most its room; equal weights: UniMax
+    (arXiv 2304.09151)."""
+    filled, by_room = np.zeros(len(weight)), np.argsort(room / weight, kind="stable")
+    for at, of_all in zip(by_room, np.cumsum(weight[by_room][::-1])[::-1], strict=True):
+        filled[at] = min(total * weight[at] / of_all, room[at])
+        total -= filled[at]
+    return filled
+
+
+def _rows(cfg: PhaseConfig, stock: _Stock, wanted: Array, tokens_per_slot: float) -> list[Row]:
+    room = np.full(len(wanted), math.inf) if cfg.allow_more_epochs else stock.room / tokens_per_slot
+    slots = _slots(wanted / tokens_per_slot, room)
+    tokens, wished, caps = slots * tokens_per_slot, stock.epochs(wanted), stock.max_epochs
+    is_over = (wished > caps * (1 + _EXACT)) | (slots == 1) & (stock.room < tokens_per_slot)
+    is_capped = (wished > caps * (1 - _EXACT)) & (cfg.rule is MixtureRule.unimax)
+    words = np.where((wanted > 0) & (slots == 0), "small", np.where(is_over, "over", np.where(is_capped, "capped", "")))
+    columns = stock.tokens.astype(int), slots, slots / CYCLE, np.rint(tokens).astype(int), stock.epochs(tokens), words
+    return [Row(*row) for row in zip(stock.parts, *(column.tolist() for column in columns), strict=True)]
+
+
+def _slots(wanted: Array, room: Array) -> Array:
+    """Slots of a cycle by largest remainder, at least one for each part that wants any.
+
+    Rounding takes no part above its room, unless none has any left.
+    """
+    slots = np.maximum(np.floor(wanted), (wanted > 0) & (room >= 1)).astype(np.int64)
+    while (missing := CYCLE - int(slots.sum())) > 0:
+        growing = (wanted > 0) & (slots + 1 <= room)
+        growing = growing if growing.any() else slots > 0
+        by_remainder = np.argsort(np.where(growing, slots - wanted, math.inf), kind="stable")
+        slots[by_remainder[: min(missing, growing.sum())]] += 1
+    for _ in range(-missing):
+        slots[np.argmax(slots)] -= 1
+    return slots
+
+
+def _refusals(
+    cfg: PhaseConfig, name: str, end_name: str, stock: _Stock, wanted: Array, tokens_before: int
+) -> list[UserError]:
+    # What was seen too often before and is not planned any more cannot be mended.
+    times, n_tokens = stock.epochs(wanted), round(wanted.sum())
+    over = np.flatnonzero((wanted > 0) & (times > stock.max_epochs * (1 + _EXACT)))
+    if cfg.allow_more_epochs or not len(over):
+        return []
+    # The product of a quotient may fall short of a whole number by a rounding error.
+    fitting = tokens_before + math.floor((stock.room[over] / wanted[over]).min() * n_tokens * (1 + _EXACT))
+    worst = over[np.argmax(times[over])]
+    source = stock.parts[worst].split("/")[1]
+    setting = f"{name}.max_epochs_of.{source}" if source in cfg.max_epochs_of else f"{name}.max_epochs"
+    shown = ", ".join(f"{stock.parts[i]} {times[i]:.2f} times" for i in over)
+    other = "" if cfg.rule is MixtureRule.unimax else f"{name}.rule=unimax, "
+    return [
+        UserError(
+            f"{end_name} = {tokens_before + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}",
+            f"{setting} = {stock.max_epochs[worst]:g}",
+            f"{other}{end_name}={fitting} or less, more text, {setting}={math.ceil(times[worst] * (1 - _EXACT))}, "
+            f"or {name}.allow_more_epochs=true",
+        )
+    ]

@@ -1,71 +1,70 @@
-"""A prepared corpus: from the sources of a config to a folder named by its content.
+"""Sources → cleaned documents → tokenizer → shards: steps that may run anywhere, in any number of tasks.
 
-The folder is complete or absent. It is built hidden beside its place and renamed, so a killed process
-leaves nothing that looks finished, and of two processes at once one wins and the other uses its work.
+Two folders under SCRATCH/corpora, each complete or absent and named by all that decides its content: the cleaned
+documents, and the corpus with tokenizer and shards that is made from them. So another tokenizer cleans nothing anew,
+and what a killed process has finished stays done.
 """
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
-import re
-import secrets
 import shutil
-import socket
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
+from configs.enums import Packing, Runner
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data import tokenizer
-from data.files import sha256, sha256_cached
-from data.heldout import split_of
+from data import balance, engine, tokenizer
+from data.documents import Documents, finish_folder, key_of
+from data.engine import Step
+from data.fertility import report_table, tokenizer_report
+from data.files import sha256, write_whole
 from data.manifest import MANIFEST, TRAIN, VALID, Manifest, ShardEntry, TokenizerEntry
-from data.quarantine import Quarantine
+from data.packing import build_packing, packing_path, packing_record, record_packing
+from data.privacy import TOKENS, replace_personal_data
 from data.shards import SUFFIXES, ShardWriter
-from data.sources import Document, read_documents, source_files
 from data.tokenizer import Encoder
-from ledger.progress import Progress
 
-FORMAT = 1
-"""Part of every key: raise it when the same text would give other files."""
-
-BATCH_DOCS, BATCH_CHARACTERS = 1000, 4_000_000
-"""Documents are encoded together up to one of these."""
-
-VERIFIED_DOCS, VERIFIED_ONE_IN = 8, 1000
-"""Encoding is compared with sentencepiece for the first documents of each shard, then for one in so many."""
-
-ShardKey = tuple[str, str, str]
-"""Language, source, split: a shard has one licence and one origin."""
+FORMAT = 2
+"""Part of the key: raise it when the same documents would give other shards."""
+VERIFIED_DOCS, VERIFIED_ONE_IN = 2, 1000
+"""Ids are compared with those of sentencepiece for the first documents of each shard, then for one in so many."""
+ENCODED_BYTES = 16_000_000
+"""Text that is encoded at once: gigatoken remembers words within a call, at about 15 bytes for each of the text."""
+PLAN = "plan.json"
 
 
-def prepare(cfg: RunConfig) -> Path:
-    """Folder of the prepared corpus, built if it is not there: tokenizer/ shards/ manifest.json quarantine.jsonl.
+def prepare(cfg: RunConfig) -> Path | None:
+    """Folder of the prepared corpus, built if it is not there; None where Slurm has been asked to build it.
 
     Raises `UserError` for missing or damaged sources, too many bad records, and languages without text.
     """
-    inputs = _inputs(cfg)
-    folder = _corpora(cfg) / _key(cfg, inputs)
-    if (folder / MANIFEST).exists():
-        return folder
-    with _alone(folder):
-        if not (folder / MANIFEST).exists():
-            _build_beside(cfg, inputs, folder)
-    print(f"corpus {folder}\n{language_table(Manifest.load(folder))}", flush=True)
-    return folder
+    corpus = Corpus(cfg)
+    if not corpus.is_complete:
+        if cfg.tasks.runner is Runner.slurm and "SLURM_JOB_ID" not in os.environ:
+            corpus.submit()
+        else:
+            with _alone(corpus.folder):
+                engine.run_here(corpus.steps(), cfg.tasks, corpus.logs)
+        if not corpus.is_complete:
+            return None
+    if (audit := corpus.documents.store.folder / "audit.html").exists():
+        print(f"what became of every document: {audit}", flush=True)
+    print(f"corpus {corpus.folder}\n{language_table(Manifest.load(corpus.folder))}", flush=True)
+    return corpus.folder
 
 
 def corpus_dir(cfg: RunConfig) -> Path:
     """Where `prepare` puts the corpus of this config, whether it is there yet or not."""
-    return _corpora(cfg) / corpus_key(cfg)
+    return Corpus(cfg).folder
 
 
 def corpus_key(cfg: RunConfig) -> str:
@@ -73,17 +72,7 @@ def corpus_key(cfg: RunConfig) -> str:
 
     Cheap after the first time: hashes of inputs are remembered by path, size and time of change.
     """
-    return _key(cfg, _inputs(cfg))
-
-
-def documents(cfg: RunConfig, quarantine: Quarantine) -> Iterator[Document]:
-    """Every document of the corpus on its way through the steps; a further step is one more line."""
-    for name, source in cfg.corpus.sources.items():
-        stream = read_documents(name, source, quarantine, cfg.cluster.online)
-        stream = _in_languages(stream, set(cfg.corpus.languages), quarantine)
-        stream = _with_fresh_ids(stream, quarantine)
-        yield from stream
-        quarantine.check(name)
+    return Corpus(cfg).folder.name
 
 
 def language_table(manifest: Manifest) -> str:
@@ -94,219 +83,206 @@ def language_table(manifest: Manifest) -> str:
         counts, n_held_out = facts["languages"][lang], sum(s.n_docs for s in manifest.shards_of(lang, VALID))
         columns = f"{counts['documents']:>12,}{n_held_out:>10,}{counts['tokens']:>18,}"
         lines.append(f"{lang:<10}{columns}{counts['bytes'] / counts['tokens']:>13.2f}")
-    n_bad, n_other = (
-        sum(n for counts in by_source.values() for n in counts.values())
-        for by_source in (manifest.quarantine, manifest.other_languages)
-    )
-    lines.append(f"{n_bad:,} records in quarantine, {n_other:,} documents in other languages")
+    for step, counts in manifest.steps.items():
+        if counts["rejected"]:
+            reasons = ", ".join(f"{reason} {n:,}" for reason, (n, _) in sorted(counts["rejected"].items()))
+            lines.append(f"left out by {step}: {reasons}")
     return "\n".join(lines)
 
 
-def _in_languages(stream: Iterator[Document], wanted: set[str], quarantine: Quarantine) -> Iterator[Document]:
-    for document in stream:
-        if not wanted or document.lang in wanted:
-            yield document
+class Corpus:
+    """A corpus: where its parts stand, and the steps that make it. Picklable, for tasks elsewhere."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.documents = Documents(cfg)
+        replace_personal_data(cfg.corpus.clean.privacy)  # refuses kinds that there are not
+        # What stands for personal data is a token of its own, whether the tokenizer's settings name it or not.
+        tokens = dict.fromkeys([*cfg.tokenizer.special_tokens, *(TOKENS[kind] for kind in cfg.corpus.clean.privacy)])
+        self._tokenizer = dataclasses.replace(cfg.tokenizer, special_tokens=list(tokens))
+        self._shard_bytes = cfg.corpus.shard_bytes
+        self._packed_seq_len = cfg.train.seq_len if cfg.mixture.packing is Packing.best_fit else 0
+        self._tasks, self._max_valid_docs = cfg.tasks, cfg.corpus.holdout.max_docs_per_language
+        corpora = Path(cfg.cluster.scratch) / "corpora"
+        model = tokenizer.read_model(cfg.tokenizer.path) if cfg.tokenizer.path else None
+        token = hashlib.sha256(model).hexdigest() if model else dataclasses.asdict(self._tokenizer)
+        key = key_of(FORMAT, self.documents.key, token, self._shard_bytes, self._max_valid_docs)
+        self.folder, self._work = corpora / key, corpora / f".{key}"
+        self.logs = corpora / "logs" / key
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is there."""
+        return self._is_whole() and self._is_packed()
+
+    def steps(self) -> list[Step]:
+        """What makes it from the sources, in order."""
+        words = Step("words", self._languages, self._is_counted, self._count)
+        shards = [
+            *([] if self._tokenizer.path else [words]),
+            Step("tokenizer", self._whole, self._is_planned, self._train, has_one_unit=True),
+            Step("shards", self._stems, self._is_written, self._write),
+            Step("manifest", self._whole, self._is_whole, self._finish, has_one_unit=True),
+        ]
+        packing = [
+            Step("packing", self._training_stems, self._is_stem_packed, self._pack),
+            Step("packed", self._whole, self._is_packed, self._record_packing, has_one_unit=True),
+        ]
+        return [
+            *([] if self.documents.is_complete else self.documents.steps()),
+            *([] if self._is_whole() else shards),
+            *([] if self._is_packed() else packing),
+        ]
+
+    def submit(self) -> None:
+        """Asks Slurm to do the steps that lack, unless it is at them."""
+        name, then = f"marathon-{self.folder.name}", f"logs: {self.logs}\nthe same line goes on when they have ended"
+        if n := engine.queued(name):
+            print(f"{n} jobs {name}-* are queued or running; {then}", flush=True)
+        elif steps := list(itertools.dropwhile(Step.is_complete, self.steps())):
+            last = engine.submit(steps, self._tasks, self.logs, name)
+            names = ", ".join(step.name for step in steps)
+            print(f"submitted arrays {name}-*: {names}; the last is job {last}; {then}", flush=True)
+
+    def _whole(self) -> list[str]:
+        return ["all"]
+
+    def _languages(self) -> list[str]:
+        return self.documents.store.languages()
+
+    def _is_counted(self, language: str) -> bool:
+        return self._words(language).exists() or self._is_planned()
+
+    def _words(self, language: str) -> Path:
+        return self._work / "words" / f"{language}.json"
+
+    def _count(self, language: str) -> None:
+        counts: Counter[str] = Counter()
+        for text in self.documents.store.texts(language, TRAIN, self._tokenizer.max_train_bytes_per_language):
+            tokenizer.count_words(text, counts)
+        write_whole(self._words(language), json.dumps(counts, ensure_ascii=False))
+
+    def _is_planned(self, _: str = "all") -> bool:
+        return (self._work / PLAN).exists()
+
+    def _train(self, _: str) -> None:
+        """Exports or trains the tokenizer, and decides which documents make which shard."""
+        weights: dict[str, float] = {}
+        if self._tokenizer.path:
+            model = tokenizer.read_model(self._tokenizer.path)
         else:
-            quarantine.other_languages[document.source][document.lang] += 1
+            languages = self._languages()
+            words = {lang: Counter(json.loads(self._words(lang).read_text(encoding="utf-8"))) for lang in languages}
+            print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
+            model, weights = balance.train(words, self._tokenizer)
+        tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
+        self._report(weights)
+        write_whole(self._work / PLAN, json.dumps(self.documents.store.plan(self._shard_bytes), indent=1))
 
+    def _report(self, weights: dict[str, float]) -> None:
+        folder = self._work / "tokenizer"
+        trained_on = [known for hashes in self.documents.inputs.values() for known in hashes.values()]
+        try:
+            report = tokenizer_report(folder, self._tokenizer, self._languages(), trained_on)
+        except UserError as error:  # the text to measure on may not have the languages of this corpus
+            print(f"tokenizer: not measured: {error.found}", flush=True)
+            return
+        report |= {"weights": weights}
+        write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        table = report_table(report)
+        write_whole(folder / "report.txt", table + "\n")
+        head, *rows = table.splitlines()
+        print("\n".join([head, *rows[len(report["languages"]) :]]), flush=True)  # each language: in report.txt
 
-def _with_fresh_ids(stream: Iterator[Document], quarantine: Quarantine) -> Iterator[Document]:
-    """Documents whose id is new within their source."""
-    seen: set[bytes] = set()
-    for document in stream:
-        # 16 bytes an id, whatever its length: a source may have 1e8 of them.
-        digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
-        if digest in seen:
-            quarantine.put(document.source, document.location, "id_repeated", document.id)
-        else:
-            seen.add(digest)
-            yield document
+    def _stems(self) -> list[str]:
+        return sorted(json.loads((self._work / PLAN).read_text(encoding="utf-8")))
 
+    def _is_written(self, stem: str) -> bool:
+        return (self._work / "entries" / f"{stem}.json").exists()
 
-def _build_beside(cfg: RunConfig, inputs: dict[str, dict[str, str]], folder: Path) -> None:
-    hidden = folder.with_name(f".{folder.name}.{socket.gethostname()}.{secrets.token_hex(4)}")
-    hidden.mkdir()
-    try:
-        _build(cfg, inputs, hidden)
-        _flush(hidden)
-        hidden.rename(folder)
-    except OSError:
-        if not (folder / MANIFEST).exists():  # where it exists, another node was faster
-            raise
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _build(cfg: RunConfig, inputs: dict[str, dict[str, str]], folder: Path) -> None:
-    model = tokenizer.read_model(cfg.tokenizer.path) if cfg.tokenizer.path else None
-    words = _survey(cfg, folder, count_words=model is None)
-    if model is None:
-        print(f"tokenizer: training {cfg.tokenizer.vocab_size} entries", flush=True)
-        model = tokenizer.train(words, cfg.tokenizer)
-    tokenizer.export(model, folder / "tokenizer")
-    encoder = Encoder(folder / "tokenizer")
-    quarantine = Quarantine(folder / "quarantine.jsonl", cfg.corpus.max_bad_share)
-    writers = _write_shards(documents(cfg, quarantine), cfg, encoder, folder)
-    quarantine.close()
-    manifest = Manifest(
-        shards=[_entry(cfg, key, writer, folder) for key, writer in sorted(writers.items())],
-        tokenizer=_tokenizer_entry(encoder, folder / "tokenizer"),
-        n_read=dict(quarantine.n_read),
-        quarantine={source: dict(sorted(counts.items())) for source, counts in quarantine.reasons.items()},
-        other_languages={source: dict(sorted(counts.items())) for source, counts in quarantine.other_languages.items()},
-        inputs=inputs,
-        max_valid_docs_per_language=cfg.corpus.holdout.max_docs_per_language,
-        versions={name: importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers", "numpy")},
-    )
-    manifest.save(folder)
-
-
-def _survey(cfg: RunConfig, folder: Path, count_words: bool) -> dict[str, Counter[str]]:
-    """A first pass: finds what would stop the second, and counts the words of the training split."""
-    words: dict[str, Counter[str]] = defaultdict(Counter)
-    n_docs: Counter[tuple[str, str]] = Counter()
-    quarantine = Quarantine(folder / "quarantine.jsonl", cfg.corpus.max_bad_share)
-    for document in _with_progress(documents(cfg, quarantine), "reading"):
-        split = split_of(document, cfg.corpus.holdout)
-        n_docs[document.lang, split] += 1
-        if count_words and split == TRAIN:
-            tokenizer.count_words(document.text, words[document.lang])
-    quarantine.close()
-    _require_text_in_every_language(cfg, n_docs, quarantine)
-    return words
-
-
-def _require_text_in_every_language(cfg: RunConfig, n_docs: Counter[tuple[str, str]], quarantine: Quarantine) -> None:
-    wanted = cfg.corpus.languages or sorted({lang for lang, _ in n_docs})
-    lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
-    if wanted and not lacking:
-        return
-    others: Counter[str] = sum(quarantine.other_languages.values(), Counter())
-    counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
-    found = ", ".join(f"{lang} {n}" for lang, n in others.most_common(5))
-    raise UserError(
-        f"{quarantine.n_read.total()} records in {', '.join(cfg.corpus.sources)}; documents for training + validation: "
-        f"{counts or 'none at all'}{' …' if len(lacking) > 5 else ''}; in other languages: {found or 'none'}",
-        "every language of a corpus has documents to train on and documents held out",
-        "add a source, take the language out of corpus.languages, or change corpus.holdout.share",
-    )
-
-
-def _write_shards(
-    stream: Iterator[Document], cfg: RunConfig, encoder: Encoder, folder: Path
-) -> dict[ShardKey, ShardWriter]:
-    writers: dict[ShardKey, ShardWriter] = {}
-    for batch in _batched(_with_progress(stream, "encoding")):
-        encoded = list(zip(batch, encoder.encode_batch([d.text for d in batch]), strict=True))
-        sample = []
-        for document, ids in encoded:
-            key = (document.lang, document.source, split_of(document, cfg.corpus.holdout))
-            if key not in writers:
-                stem = folder / "shards" / ".".join(key)
-                writers[key] = ShardWriter(stem, encoder.vocab_size, encoder.bos_id, encoder.eos_id)
-            if writers[key].n_docs < VERIFIED_DOCS or zlib.crc32(document.id.encode()) % VERIFIED_ONE_IN == 0:
-                sample.append((document.text, ids))
-            writers[key].add(document.id, document.source, document.text, ids)
-        encoder.verify([text for text, _ in sample], [ids for _, ids in sample])
-    for writer in writers.values():
+    def _write(self, stem: str) -> None:
+        """One shard, and its entry of the manifest when the files are whole."""
+        groups = json.loads((self._work / PLAN).read_text(encoding="utf-8"))[stem]
+        encoder = _encoder(self._work / "tokenizer")
+        (self._work / "shards").mkdir(exist_ok=True)
+        writer = ShardWriter(self._work / "shards" / stem, encoder.vocab_size, encoder.bos_id, encoder.eos_id)
+        licences: set[str] = set()
+        for rows in self.documents.store.read(groups, ENCODED_BYTES):
+            texts = rows["text"].combine_chunks()
+            offsets, ids = encoder.encode(texts)
+            n_first = max(VERIFIED_DOCS - writer.n_docs, 1)
+            sample = [i for i in range(rows.num_rows) if i < n_first or i % VERIFIED_ONE_IN == 0]
+            encoder.verify([texts[i].as_py() for i in sample], [ids[offsets[i] : offsets[i + 1]] for i in sample])
+            licences |= set(rows["licence"].unique().to_pylist())
+            writer.add(rows.drop_columns(["text"]), offsets[1:], ids)
         writer.close()
-    return writers
+        entry = self._entry(stem, writer, sorted(licences))
+        write_whole(self._work / "entries" / f"{stem}.json", json.dumps(dataclasses.asdict(entry)))
+
+    def _entry(self, stem: str, writer: ShardWriter, licences: list[str]) -> ShardEntry:
+        lang, source, split, _ = stem.rsplit(".", 3)
+        hashes = {suffix: sha256(writer.stem.with_name(stem + suffix)) for suffix in SUFFIXES}
+        counts = writer.n_docs, writer.n_tokens, writer.n_bytes
+        return ShardEntry(f"shards/{stem}", source, lang, split, licences, *counts, hashes)
+
+    def _is_whole(self, _: str = "all") -> bool:
+        return (self.folder / MANIFEST).exists()
+
+    def _finish(self, _: str) -> None:
+        entries = [json.loads((self._work / "entries" / f"{stem}.json").read_text()) for stem in self._stems()]
+        documents = self.documents.facts()
+        manifest = Manifest(
+            shards=[ShardEntry(**entry) for entry in entries],
+            tokenizer=_tokenizer_entry(self._work / "tokenizer"),
+            documents=self.documents.store.folder.name,
+            sources=documents["sources"],
+            steps=documents["steps"],
+            lists=documents["lists"],
+            removed=[],
+            max_valid_docs_per_language=self._max_valid_docs,
+            versions={name: importlib.metadata.version(name) for name in ("sentencepiece", "gigatoken", "numpy")},
+        )
+        for cut_off in (self._work / "shards").glob(".*"):
+            cut_off.unlink()  # of a process that was killed
+        manifest.save(self._work)
+        finish_folder(self._work, self.folder)
+        for leftover in ("words", "entries"):
+            shutil.rmtree(self.folder / leftover, ignore_errors=True)
+        (self.folder / PLAN).unlink(missing_ok=True)
+
+    def _training_stems(self) -> list[str]:
+        return [shard.stem for shard in Manifest.load(self.folder).shards if shard.split == TRAIN]
+
+    def _is_stem_packed(self, stem: str) -> bool:
+        index_hash = sha256(self.folder / f"{stem}.idx")
+        return Path(packing_path(f"{self.folder}/{stem}", self._packed_seq_len, index_hash)).exists()
+
+    def _pack(self, stem: str) -> None:
+        build_packing(self.folder / stem, self._packed_seq_len)
+
+    def _is_packed(self, _: str = "all") -> bool:
+        return not self._packed_seq_len or packing_record(self.folder, self._packed_seq_len).exists()
+
+    def _record_packing(self, _: str) -> None:
+        record_packing(self.folder, self._packed_seq_len)
 
 
-def _batched(stream: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    n_characters = 0
-    for document in stream:
-        batch.append(document)
-        n_characters += len(document.text)
-        if len(batch) >= BATCH_DOCS or n_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
+@functools.cache  # shards of one process share it: loading takes longer than encoding a small one
+def _encoder(folder: Path) -> Encoder:
+    return Encoder(folder)
 
 
-def _with_progress(stream: Iterator[Document], doing: str) -> Iterator[Document]:
-    with Progress(doing, "documents") as progress:
-        for document in stream:
-            yield document
-            progress.advance()
-
-
-def _entry(cfg: RunConfig, key: ShardKey, writer: ShardWriter, folder: Path) -> ShardEntry:
-    lang, source, split = key
-    hashes = {suffix: sha256(writer.stem.with_name(writer.stem.name + suffix)) for suffix in SUFFIXES}
-    return ShardEntry(
-        stem=writer.stem.relative_to(folder).as_posix(),
-        source=source,
-        language=lang,
-        licence=cfg.corpus.sources[source].licence,
-        origin=cfg.corpus.sources[source].origin,
-        split=split,
-        n_docs=writer.n_docs,
-        n_tokens=writer.n_tokens,
-        n_bytes=writer.n_bytes,
-        sha256=hashes,
-    )
-
-
-def _tokenizer_entry(encoder: Encoder, folder: Path) -> TokenizerEntry:
-    names = (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
-    return TokenizerEntry(
-        vocab_size=encoder.vocab_size,
-        bos_id=encoder.bos_id,
-        eos_id=encoder.eos_id,
-        pad_id=encoder.pad_id,
-        sha256={name: sha256(folder / name) for name in names},
-    )
-
-
-def _inputs(cfg: RunConfig) -> dict[str, dict[str, str]]:
-    """Hashes of all input files, by source and name; a hub id is known by its revision."""
-    for name in cfg.corpus.sources:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(
-                f"corpus.sources.{name}", "a source's name is part of file names", "letters, digits, - and _"
-            )
-    cache = _corpora(cfg) / "inputs.json"
-    return {name: sha256_cached(source_files(source), cache) for name, source in cfg.corpus.sources.items()}
-
-
-def _key(cfg: RunConfig, inputs: dict[str, dict[str, str]]) -> str:
-    corpus, token = dataclasses.asdict(cfg.corpus), dataclasses.asdict(cfg.tokenizer)
-    for name, source in corpus["sources"].items():
-        if inputs[name]:  # what files hold counts, and their names, which ids may be made of; not where they stand
-            del source["path"]
-    if cfg.tokenizer.path:
-        token = {"sha256": hashlib.sha256(tokenizer.read_model(cfg.tokenizer.path)).hexdigest()}
-    content = json.dumps([FORMAT, corpus, token, inputs], default=_enum_name, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _enum_name(value: Any) -> str:
-    if isinstance(value, Enum):
-        return value.name
-    raise TypeError(f"{value!r} is not a setting")
-
-
-def _corpora(cfg: RunConfig) -> Path:
-    return Path(cfg.cluster.scratch) / "corpora"
-
-
-def _flush(folder: Path) -> None:
-    """Forces all files to disk: the name must not survive a power cut that the content does not."""
-    for path in folder.rglob("*"):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def _tokenizer_entry(folder: Path) -> TokenizerEntry:
+    encoder, names = Encoder(folder), (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
+    hashes = {name: sha256(folder / name) for name in names}
+    return TokenizerEntry(encoder.vocab_size, encoder.bos_id, encoder.eos_id, encoder.pad_id, hashes)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from doing the same work, and clears what killed ones left.
+    """Keeps other processes of this machine from doing the same work.
 
-    The kernel gives the lock back when its holder dies. Where the file system has no locks, or keeps them to one
-    node, work may be done twice, into folders with different names: a waste, no harm.
+    The kernel gives the lock back when its holder dies. Where the file system has no locks, or keeps them to one node,
+    units may be done twice, with the same outcome: a waste, no harm.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("a") as lock:
@@ -314,8 +290,4 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             print(f"no file locks under {folder.parent}: {error}", flush=True)
-        else:
-            # Whoever built this corpus on this host would hold the lock.
-            for left in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
-                shutil.rmtree(left)
         yield

@@ -1,15 +1,17 @@
 """Token shards in Megatron's indexed format, and a sidecar that ties every sequence to its document.
 
 `STEM.bin` holds the tokens of all documents one after another; `STEM.idx` their lengths and places;
-`STEM.docs.parquet` id, bytes, tokens and source, row by row. One sequence is one document: `<s>`, ids, `</s>`.
+`STEM.docs.parquet` id, licence, offset and more, row by row. One sequence is one document: `<s>`, ids, `</s>`.
 Layout of the index, little-endian: 9 bytes of magic, uint64 version 1, uint8 type of the tokens (8 is uint16, 4 is
 int32), uint64 n, uint64 n + 1, then int32[n] lengths in tokens, int64[n] offsets in bytes, int64[n + 1] the
 first sequence of each document and the end.
 """
 
+import ctypes
+import mmap
 import os
+import secrets
 import struct
-from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,76 +27,74 @@ MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.uint16] | type[np.int32]] = {8: np.uint16, 4: np.int32}
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_LIBC.mmap.restype, _LIBC.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
+
 SUFFIXES = (".bin", ".idx", ".docs.parquet")
-SIDECAR_ROWS = 50_000
-"""Rows that are gathered before a group of them is written."""
 
 
 class ShardWriter:
     """Writes one shard, beside and renamed when it is closed."""
 
     def __init__(self, stem: Path, vocab_size: int, bos_id: int, eos_id: int) -> None:
-        stem.parent.mkdir(parents=True, exist_ok=True)
         self.stem, self._bos_id, self._eos_id = stem, bos_id, eos_id
         # Megatron's own limit: below 65,500 entries two bytes do.
         self._code = 8 if vocab_size < 65_500 else 4
-        self._bin = _beside(stem, ".bin").open("wb")
-        self._lengths = array("i")
-        self._rows: list[tuple[str, int, int, str]] = []
+        token = secrets.token_hex(4)  # where file systems have no locks, two may write the same shard
+        self._files = {suffix: stem.with_name(f".{stem.name}.{token}{suffix}").open("wb") for suffix in SUFFIXES}
+        self._lengths: list[NDArray[np.int32]] = []
         self._sidecar: Any = None
-        self.n_bytes = 0
-        """UTF-8 bytes of all documents so far."""
-        self.n_tokens = 0
-        """Tokens of all documents so far."""
+        self.n_docs = self.n_tokens = self.n_bytes = 0
+        """Of all documents so far; bytes are those of the text as UTF-8."""
 
-    def add(self, doc_id: str, source: str, text: str, ids: list[int]) -> None:
-        """Appends one document; `ids` are without `<s>` and `</s>`."""
-        tokens = np.array([self._bos_id, *ids, self._eos_id], _DTYPES[self._code])
-        self._bin.write(tokens.tobytes())
-        self._lengths.append(len(tokens))
-        n_bytes = len(text.encode())
-        self.n_bytes += n_bytes
+    def add(self, rows: Any, ends: NDArray[np.int64], ids: NDArray[Any]) -> None:
+        """Appends documents.
+
+        `rows` is an Arrow table with what the sidecar tells of each, `n_bytes` among it; `ids` are their tokens one
+        after another, without `<s>` and `</s>`, and document i ends before `ends[i]`.
+        """
+        lengths = np.diff(ends, prepend=0) + 2
+        last = np.cumsum(lengths) - 1
+        tokens = np.empty(int(last[-1]) + 1, _DTYPES[self._code])
+        is_text = np.ones(len(tokens), bool)
+        is_text[last] = is_text[last - lengths + 1] = False
+        if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(tokens.dtype).max:
+            raise OverflowError(f"ids {ids.min()} … {ids.max()} do not fit {tokens.dtype}")  # NumPy would wrap them
+        tokens[last], tokens[last - lengths + 1], tokens[is_text] = self._eos_id, self._bos_id, ids
+        self._files[".bin"].write(tokens.data)
+        self._lengths.append(lengths.astype(np.int32))
+        self._write_rows(rows, lengths, self.n_tokens + last - lengths + 1)
+        self.n_docs += len(lengths)
         self.n_tokens += len(tokens)
-        self._rows.append((doc_id, n_bytes, len(tokens), source))
-        if len(self._rows) >= SIDECAR_ROWS:
-            self._write_rows()
-
-    @property
-    def n_docs(self) -> int:
-        """Documents so far."""
-        return len(self._lengths)
+        self.n_bytes += int(np.sum(rows["n_bytes"].to_numpy()))
 
     def close(self) -> None:
         """Completes the three files and gives them their names."""
-        self._bin.close()
-        self._write_rows()
-        self._sidecar.close()
-        self._write_index()
-        for suffix in SUFFIXES:
-            os.replace(_beside(self.stem, suffix), self.stem.with_name(self.stem.name + suffix))
-
-    def _write_index(self) -> None:
-        lengths, n = np.array(self._lengths, np.int32), self.n_docs
-        offsets = np.zeros(n, np.int64)
+        lengths = np.concatenate(self._lengths)
+        offsets = np.zeros(self.n_docs, np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:])
-        with _beside(self.stem, ".idx").open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, 1, self._code, n, n + 1))
-            file.write(lengths.tobytes())
-            file.write((offsets * _DTYPES[self._code]().itemsize).tobytes())
-            file.write(np.arange(n + 1, dtype=np.int64).tobytes())
+        index = self._files[".idx"]
+        index.write(_HEADER.pack(MAGIC, 1, self._code, self.n_docs, self.n_docs + 1))
+        index.write(lengths.tobytes())
+        index.write((offsets * _DTYPES[self._code]().itemsize).tobytes())
+        index.write(np.arange(self.n_docs + 1, dtype=np.int64).tobytes())
+        self._sidecar.close()
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a power cut that the content does not
+            file.close()
+            os.replace(file.name, self.stem.with_name(self.stem.name + suffix))
 
-    def _write_rows(self) -> None:
+    def _write_rows(self, rows: Any, lengths: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        types = {"id": pa.string(), "n_bytes": pa.int64(), "n_tokens": pa.int32(), "source": pa.string()}
-        schema = pa.schema(list(types.items()))
+        rows = rows.append_column("n_tokens", pa.array(lengths.astype(np.int32)))
+        rows = rows.append_column("offset", pa.array(offsets))
         if self._sidecar is None:
-            self._sidecar = pq.ParquetWriter(_beside(self.stem, ".docs.parquet"), schema, compression="zstd")
-        if self._rows:
-            columns = dict(zip(types, map(list, zip(*self._rows, strict=True)), strict=True))
-            self._sidecar.write_table(pa.table(columns, schema))
-        self._rows.clear()
+            self._sidecar = pq.ParquetWriter(self._files[".docs.parquet"], rows.schema, compression="zstd")
+        self._sidecar.write_table(rows)
 
 
 class Shard:
@@ -106,24 +106,27 @@ class Shard:
     def __init__(self, stem: Path) -> None:
         index, content = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
         with _undamaged(index):
-            with index.open("rb") as file:
-                magic, version, code, n_docs, n_ends = _HEADER.unpack(file.read(_HEADER.size))
+            whole, at = mapped(index), _HEADER.size
+            magic, version, code, n_docs, n_ends = _HEADER.unpack(whole[:at].tobytes())
             if (magic, version, n_ends) != (MAGIC, 1, n_docs + 1) or code not in _DTYPES:
                 raise ValueError("not an index of one sequence a document with tokens in uint16 or int32")
             self.n_docs: int = n_docs
-            at = _HEADER.size
             _require_size(index, at + 4 * n_docs + 8 * n_docs + 8 * (n_docs + 1))
-            self._lengths = np.asarray(np.memmap(index, np.int32, "r", at, (n_docs,)))
-            self._offsets = np.asarray(np.memmap(index, np.int64, "r", at + 4 * n_docs, (n_docs,)))
+            self._lengths = whole[at : at + 4 * n_docs].view(np.int32)
+            self._offsets = whole[at + 4 * n_docs : at + 12 * n_docs].view(np.int64)
         with _undamaged(content):
             _require_size(content, int(self._offsets[-1]) + int(self._lengths[-1]) * _DTYPES[code]().itemsize)
-            self.tokens: NDArray[Any] = np.asarray(np.memmap(content, _DTYPES[code], "r"))
+            self.tokens: NDArray[Any] = mapped(content).view(_DTYPES[code])
             """All tokens of the shard."""
+
+    def place(self, row: int) -> tuple[int, int]:
+        """First token of a document, and how many it has, `<s>` and `</s>` included."""
+        return int(self._offsets[row]) // self.tokens.itemsize, int(self._lengths[row])
 
     def document(self, row: int) -> NDArray[Any]:
         """Tokens of one document, `<s>` and `</s>` included."""
-        start = int(self._offsets[row]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self._lengths[row])]
+        start, n_tokens = self.place(row)
+        return self.tokens[start : start + n_tokens]
 
     def rows_between(self, first: int, end: int) -> range:
         """Documents that tokens `first` … `end` - 1 belong to."""
@@ -165,6 +168,11 @@ def document_ids(stem: Path, rows: Iterable[int]) -> dict[int, str]:
     return ids
 
 
+def mapped(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file through the page cache, for as long as there is an array of them."""
+    return np.asarray(_Mapping(path))
+
+
 def damaged(found: str) -> UserError:
     """The error for a file of a prepared corpus that is not what was prepared."""
     return UserError(
@@ -188,5 +196,24 @@ def _require_size(path: Path, n_bytes: int) -> None:
         raise ValueError(f"{found:,} bytes, where the index tells of {n_bytes:,}")
 
 
-def _beside(stem: Path, suffix: str) -> Path:
-    return stem.with_name(f".{stem.name}{suffix}")
+class _Mapping:
+    """A file in memory, read only, without an open descriptor: Python's own mappings keep one each."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._n_bytes = os.fstat(file.fileno()).st_size
+            self._address = None
+            if self._n_bytes:
+                address = _LIBC.mmap(None, self._n_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+                if address == ctypes.c_void_p(-1).value:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number), str(path))
+                self._address = address
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "typestr": "|u1", "shape": (self._n_bytes,), "data": (self._address or 1, True)}
+
+    def __del__(self) -> None:
+        if getattr(self, "_address", None):
+            _LIBC.munmap(self._address, self._n_bytes)

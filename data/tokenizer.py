@@ -1,18 +1,22 @@
-"""The tokenizer: trained by sentencepiece, run at scale by `tokenizers`, with identical ids.
+"""The tokenizer: trained by sentencepiece, run at scale by gigatoken, loaded by transformers, with identical ids.
 
 BPE without normalisation, so that decoding gives back every text exactly; byte fallback, so that there
-is no unknown token; digits one by one. A control token such as `</s>` never comes out of text.
+is no unknown token; digits one by one. A control token such as `</s>` never comes out of text; a declared special
+token such as `<email>` does, whole and never as a part of a longer piece.
 """
 
 import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, processors
 
 from configs.errors import UserError
@@ -22,19 +26,11 @@ from data.sources import SPACE_MARK
 
 MODEL, FAST, FAST_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
-UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
-
 # Where sentencepiece itself cuts a line when it trains. A line break or tab never is part of a longer piece: the
 # trainer reads lines, and keeps the tab for itself. They are spelled as bytes, one token each.
 _WORD = re.compile(r" *[^ \n\t]+| +")
 
-_PROBES = (
-    "  two  spaces ",
-    "\tif x:\n\t\treturn ½ ﬁ x²\r\n",
-    "e\u0301 \u00a0 \u200d 𐍈",
-    "<s>a</s><pad><unk><0x41>",
-    "1234",
-)
+_PROBE = "  two  spaces \n\tif x:\n\t\treturn ½ ﬁ x²\r\ne\u0301 \u00a0 \u200d 𐍈 <s>a</s><pad><unk><0x41> 1234 "
 
 
 def count_words(text: str, counts: Counter[str]) -> None:
@@ -42,8 +38,8 @@ def count_words(text: str, counts: Counter[str]) -> None:
     counts.update(_WORD.findall(text))
 
 
-def train(counts_by_language: Mapping[str, Counter[str]], cfg: TokenizerConfig) -> bytes:
-    """Trains on weighted word counts; returns the content of a `tokenizer.model`.
+def train(words: Counter[str], cfg: TokenizerConfig) -> bytes:
+    """Trains on counted words; returns the content of a `tokenizer.model`.
 
     Counts give the vocabulary that the text itself would give, in memory that grows with distinct words only, and
     make the balance of languages a weight. The result depends on the counts alone, not on threads or paths.
@@ -52,7 +48,7 @@ def train(counts_by_language: Mapping[str, Counter[str]], cfg: TokenizerConfig) 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(f"{word}\t{n}" for word, n in _weighted(counts_by_language, cfg.language_alpha)),
+            sentence_iterator=(f"{word}\t{n}" for word, n in sorted(words.items())),
             input_format="tsv",
             model_writer=model,
             model_type="bpe",
@@ -64,15 +60,9 @@ def train(counts_by_language: Mapping[str, Counter[str]], cfg: TokenizerConfig) 
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
             split_digits=True,
+            user_defined_symbols=cfg.special_tokens,
             required_chars=SPACE_MARK,  # spelled in bytes, a space would come back as U+2581
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            unk_piece=UNK,
-            bos_piece=BOS,
-            eos_piece=EOS,
-            pad_piece=PAD,
+            pad_id=3,  # after <unk>, <s> and </s>, which have 0, 1 and 2
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -80,20 +70,32 @@ def train(counts_by_language: Mapping[str, Counter[str]], cfg: TokenizerConfig) 
     return model.getvalue()
 
 
-def export(model: bytes, folder: Path) -> None:
-    """Writes `tokenizer.model`, and `tokenizer.json` with its config, which give the same ids to `tokenizers`.
+def count_tokens(model: bytes, texts: list[str]) -> int:
+    """Tokens of all texts together."""
+    return sum(map(len, sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts)))
 
-    Raises `UserError` where the model is not of the kind this can be said of.
+
+def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> None:
+    """Writes `tokenizer.model`, and `tokenizer.json` with its config, which give the same ids to other programs.
+
+    Raises `UserError` where the model is not of the kind this can be said of, or lacks one of `special_tokens`.
     """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    _require_lossless_bpe(pieces)
+    declared, learned = _entries(pieces)
+    _require_lossless_bpe(pieces, declared, learned)
+    if lacking := sorted(set(special_tokens) - set(declared)):
+        raise UserError(
+            f"tokenizer.path: a model without {' '.join(lacking)}; it has {' '.join(declared) or 'none of its own'}",
+            "tokenizer.special_tokens are tokens of their own in the model that is used",
+            "train one (tokenizer.path= empty), or take them out of tokenizer.special_tokens",
+        )
     bos, eos = pieces.id_to_piece(pieces.bos_id()), pieces.id_to_piece(pieces.eos_id())
     pad = pieces.id_to_piece(pieces.pad_id()) if pieces.pad_id() >= 0 else eos
     unk = pieces.id_to_piece(pieces.unk_id())
     fast = tokenizers.Tokenizer(
         models.BPE(
             vocab={pieces.id_to_piece(i): i for i in range(len(pieces))},
-            merges=_merges(pieces),
+            merges=_merges(learned),
             unk_token=unk,
             fuse_unk=True,
             byte_fallback=True,
@@ -104,6 +106,8 @@ def export(model: bytes, folder: Path) -> None:
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
     )
+    # They are text like any other to whoever loads this: not skipped when decoding, found in text as in sentencepiece.
+    fast.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in declared])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -122,53 +126,58 @@ def export(model: bytes, folder: Path) -> None:
 
 
 def read_model(path: str) -> bytes:
-    """Content of a `tokenizer.model` that the user names."""
+    """Content of a file of a tokenizer; raises `UserError` where it cannot be read."""
     with readable(path):
         return Path(path).read_bytes()
 
 
 class Encoder:
-    """Text to ids at scale, on all cores, through the exported `tokenizer.json`."""
+    """Text to ids at scale, on one core: the processes that use one each share out the cores."""
 
     def __init__(self, folder: Path) -> None:
-        self._fast = tokenizers.Tokenizer.from_file(str(folder / FAST))
+        import gigatoken
+
+        # Not by path: one that is not there would be asked of a hub.
+        self._bulk = gigatoken.Tokenizer.from_json(read_model(str(folder / FAST)))
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=read_model(str(folder / MODEL)))
         self.vocab_size: int = len(self._pieces)
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.pad_id: int = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos_id
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without `<s>` and `</s>`."""
-        return [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(self, texts: Any) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """(offsets, ids) of n texts, without `<s>` and `</s>`: text i is `ids[offsets[i] : offsets[i + 1]]`.
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; `decode(encode(x)) == x` for every x without U+2581."""
-        return str(self._fast.decode(ids, skip_special_tokens=False))
+        `texts` is a list of `str`, or an arrow array of strings, which is not copied where it is of large strings.
+        One call with many texts is several times faster than many calls: words are remembered within a call.
+        """
+        import awkward  # type: ignore[import-untyped]
+        import pyarrow as pa
 
-    def verify(self, texts: list[str], ids: list[list[int]]) -> None:
-        """Raises `ValueError` unless sentencepiece gives the same ids and they decode to the same text."""
-        for text, ours, theirs in zip(texts, ids, self._pieces.encode(texts), strict=True):
-            if ours != theirs:
+        column = pa.array(texts, pa.large_string()) if isinstance(texts, list) else texts.cast(pa.large_string())
+        rows = self._bulk.encode_batch(awkward.from_arrow(column), parallel=False).layout
+        return rows.offsets.data, rows.content.data
+
+    def entries(self) -> dict[int, str]:
+        """Text of each special token and learned piece by its id: all that text can give, but for single bytes."""
+        declared, learned = _entries(self._pieces)
+        return {self._pieces.piece_to_id(piece): piece.replace(SPACE_MARK, " ") for piece in declared + learned}
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """Text of ids; `decode(ids of x) == x` for every x without U+2581."""
+        return self._bulk.decode(ids).decode()
+
+    def verify(self, texts: Sequence[str], ids: Sequence[NDArray[Any]]) -> None:
+        """Raises `ValueError` unless sentencepiece gives each text the same ids and they decode to the same text."""
+        for text, found, theirs in zip(texts, ids, self._pieces.encode(list(texts)), strict=True):
+            if (ours := found.tolist()) != theirs:
                 at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
                 raise ValueError(
-                    f"tokenizers and sentencepiece differ from token {at}: {ours[at : at + 5]} against "
+                    f"gigatoken and sentencepiece differ from token {at}: {ours[at : at + 5]} against "
                     f"{theirs[at : at + 5]}, after {self.decode(ours[max(0, at - 10) : at])!r}"
                 )
             if self.decode(ours) != text:
                 raise ValueError(f"the text does not come back from its tokens: {text[:200]!r}")
-
-
-def _weighted(counts_by_language: Mapping[str, Counter[str]], alpha: float) -> Iterator[tuple[str, int]]:
-    """Counts summed over languages, those of a language of n bytes times (n / largest) ** (alpha - 1)."""
-    n_bytes = {lang: sum(len(w.encode()) * n for w, n in counts.items()) for lang, counts in counts_by_language.items()}
-    total: Counter[str] = Counter()
-    for lang, counts in sorted(counts_by_language.items()):
-        # The largest language keeps its counts and the others gain, so that no count is rounded to nothing.
-        weight = (n_bytes[lang] / max(n_bytes.values())) ** (alpha - 1) if n_bytes[lang] else 0.0
-        for word, n in counts.items():
-            total[word] += round(n * weight)
-    yield from sorted(total.items())
 
 
 def _vocabulary_error(error: RuntimeError, cfg: TokenizerConfig) -> UserError:
@@ -191,33 +200,41 @@ def _vocabulary_error(error: RuntimeError, cfg: TokenizerConfig) -> UserError:
     raise error
 
 
-def _require_lossless_bpe(pieces: sentencepiece.SentencePieceProcessor) -> None:
-    learned = [i for i in range(len(pieces)) if _is_learned(pieces, i)]
+def _entries(pieces: sentencepiece.SentencePieceProcessor) -> tuple[list[str], list[str]]:
+    """Special tokens, which sentencepiece numbers before the bytes, and learned pieces, which come after them."""
+    has_role = [pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i) for i in range(len(pieces))]
+    ids, first_byte = [i for i, found in enumerate(has_role) if not found], pieces.piece_to_id("<0x00>")
+    declared, learned = [i for i in ids if i < first_byte], [i for i in ids if i >= first_byte]
+    return pieces.id_to_piece(declared), pieces.id_to_piece(learned)
+
+
+def _require_lossless_bpe(
+    pieces: sentencepiece.SentencePieceProcessor, declared: list[str], learned: list[str]
+) -> None:
     # BPE numbers its pieces by rank: their scores are 0, -1, -2, …; those of other models are probabilities.
-    is_bpe = [pieces.get_score(i) for i in learned] == [-float(rank) for rank in range(len(learned))]
+    scores = [pieces.get_score(i) for i in pieces.piece_to_id(learned)]
+    is_bpe = scores == [-float(rank) for rank in range(len(learned))]
     has_prefix = pieces.id_to_piece(pieces.encode("x")[0]).startswith(SPACE_MARK)
-    is_lossless = not has_prefix and all(pieces.decode(pieces.encode(probe)) == probe for probe in _PROBES)
+    is_lossless = not has_prefix and pieces.decode(pieces.encode(_PROBE)) == _PROBE
     has_bytes = all(pieces.is_byte(pieces.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256))
     has_ends = pieces.bos_id() >= 0 and pieces.eos_id() >= 0
-    if not (is_bpe and is_lossless and has_bytes and has_ends):
+    # sentencepiece looks for them after it has changed spaces, others before.
+    is_plain = not any(space in token for token in declared for space in (" ", SPACE_MARK))
+    if not (is_bpe and is_lossless and has_bytes and has_ends and is_plain):
         raise UserError(
             f"tokenizer.path: BPE {is_bpe}, text kept as it is {is_lossless}, byte fallback {has_bytes}, "
-            f"<s> and </s> {has_ends}",
+            f"<s> and </s> {has_ends}, declared symbols without spaces {is_plain}",
             "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation",
             "train one (tokenizer.path= empty), or train yours with identity normalisation and without dummy prefix",
         )
 
 
-def _merges(pieces: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
+def _merges(learned: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order of ids: sentencepiece merges by the result's rank."""
-    learned = {pieces.id_to_piece(i): i for i in range(len(pieces)) if _is_learned(pieces, i)}
+    known = set(learned)
     return [
         (piece[:cut], piece[cut:])
         for piece in learned
         for cut in range(1, len(piece))
-        if piece[:cut] in learned and piece[cut:] in learned
+        if piece[:cut] in known and piece[cut:] in known
     ]
-
-
-def _is_learned(pieces: sentencepiece.SentencePieceProcessor, i: int) -> bool:
-    return not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from omegaconf import OmegaConf
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when the libraries below are imported
@@ -55,15 +55,11 @@ def run_suite(
         # As in one process, on every rank: the ranks share the work inside `_SharedLM`.
         results = evaluate(_SharedLM(model, tokenizer, batch_seqs), questions, bootstrap_iters=1000)
     assert results is not None
-    digest = hashlib.sha256()
+    digest, figures = hashlib.sha256(), {}
     for task, samples in sorted(results["samples"].items()):
         digest.update(json.dumps([task, [sample["arguments"] for sample in samples]]).encode())
-    return {
-        "tasks": {
-            task: _figures(results["results"][task], samples) for task, samples in sorted(results["samples"].items())
-        },
-        "prompt_sha256": digest.hexdigest(),
-    }
+        figures[task] = _figures(results["results"][task], samples)
+    return {"tasks": figures, "prompt_sha256": digest.hexdigest()}
 
 
 class _SharedLM(HFLM):  # type: ignore[misc]
@@ -86,12 +82,13 @@ class _SharedLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation, and whether it is the greedy one."""
-        rank, world_size = _rank()
+        is_shared = torch.distributed.is_initialized()
+        rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
         mine = super().loglikelihood(requests[rank::world_size], disable_tqdm=True)
         scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
         if mine:
             scores[rank::world_size] = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        if world_size > 1:
+        if is_shared:
             torch.distributed.all_reduce(scores)  # each row is zero on all ranks but one
         return [(nats, bool(is_greedy)) for nats, is_greedy in scores.tolist()]
 
@@ -103,15 +100,8 @@ class _SharedLM(HFLM):  # type: ignore[misc]
         return super()._loglikelihood_tokens(requests, **kwargs) if requests else []
 
 
-def _rank() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:
-    config = OmegaConf.to_container(OmegaConf.load(suite_dir / f"{task}.yaml"))
-    assert isinstance(config, dict)
+    config = yaml.safe_load((suite_dir / f"{task}.yaml").read_text(encoding="utf-8"))
     lines = (suite_dir / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
     # Through memory: `load_dataset` would have all ranks write the same files to a cache in the home folder.
     return {**config, "custom_dataset": lambda **_: {"test": Dataset.from_list([json.loads(line) for line in lines])}}

@@ -7,19 +7,13 @@ same it is not computed again.
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Identity:
-    """What a result is a function of, up to rounding."""
-
-    model_sha256: str
-    suite_hash: str
-    corpus_hash: str
+IDENTITY = ("model_sha256", "suite_hash", "corpus_hash")
+"""What a result is a function of, up to rounding."""
 
 
 def result_path(run_dir: Path, checkpoint: str) -> Path:
@@ -27,14 +21,12 @@ def result_path(run_dir: Path, checkpoint: str) -> Path:
     return run_dir / "eval" / f"{checkpoint}.json"
 
 
-def read_result(path: Path, identity: Identity | None = None) -> dict[str, Any] | None:
-    """The result in a file; None where there is none, or one of another identity."""
+def read_result(path: Path, **identity: str) -> dict[str, Any] | None:
+    """The result in a file; None where there is none, or one of another identity (keywords are of `IDENTITY`)."""
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if identity and any(result.get(name) != value for name, value in asdict(identity).items()):
-        return None
-    return result
+    return result if identity.items() <= result.items() else None
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -55,30 +47,21 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if earlier := read_result(path):
-        kept = path.parent / "earlier" / f"{path.stem}-{_identity_hash(earlier)}.json"
+        named = " ".join(str(earlier.get(name)) for name in IDENTITY)
+        kept = path.parent / "earlier" / f"{path.stem}-{hashlib.sha256(named.encode()).hexdigest()[:8]}.json"
         kept.parent.mkdir(exist_ok=True)
         kept.unlink(missing_ok=True)
         os.link(path, kept)
     os.replace(beside, path)
 
 
-def _identity_hash(result: dict[str, Any]) -> str:
-    named = [str(result.get(name)) for name in Identity.__dataclass_fields__]
-    return hashlib.sha256(" ".join(named).encode()).hexdigest()[:8]
-
-
 def family_means(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Figures of each family, the plain mean over its languages, and their number."""
-    by_family: dict[str, list[dict[str, float]]] = {}
-    for task, figures in tasks.items():
-        by_family.setdefault(task.split("_")[0], []).append(figures)
-    return {
-        family: {
-            **{
-                name: fmean(figures[name] for figures in of_family)
-                for name in ("acc", "acc_bytes", "gold_bpb", "chance")
-            },
-            "languages": len(of_family),
+    means = {}
+    for family, names in groupby(sorted(tasks), key=lambda task: task.split("_")[0]):
+        figures = [tasks[name] for name in names]
+        means[family] = {
+            key: fmean(found[key] for found in figures) for key in ("acc", "acc_bytes", "gold_bpb", "chance")
         }
-        for family, of_family in by_family.items()
-    }
+        means[family]["languages"] = len(figures)
+    return means

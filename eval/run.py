@@ -5,24 +5,25 @@ RUN/eval/CHECKPOINT.json and one line to the ledger, and prints. What has been e
 same command goes on after a kill.
 """
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from configs.enums import Device, Precision
 from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
-from eval.results import Identity, family_means, read_result, result_path, write_result
-from eval.suites import build_suite
-from eval.validation import Document, bits_per_byte, gather_scores, mean_bpb, score_documents
+from data.heldout import ValidDocument
+from eval.results import IDENTITY, family_means, read_result, result_path, write_result
+from eval.suites import build_suite, read_index
+from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger import host
 from ledger.progress import Progress
 from ledger.record import Ledger
@@ -31,33 +32,19 @@ from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, rea
 
 
 def evaluate(
-    cfg: RunConfig,
-    run_dir: Path,
-    *,
-    documents: Sequence[Document],
-    tokenizer_dir: Path,
-    corpus_hash: str,
+    cfg: RunConfig, run_dir: Path, *, documents: Sequence[ValidDocument], tokenizer_dir: Path, corpus_hash: str
 ) -> None:
     """Evaluates every checkpoint, step 0 included, that has no result yet.
 
     Under torchrun or srun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) this is one of the ranks. The
-    suite asks in the languages of `documents` and stands in RUN/eval. Raises `UserError` on all ranks where there
-    is no checkpoint or no document.
+    suite asks in the languages of `documents` and stands in RUN/eval. Raises `UserError` where there is no checkpoint
+    or no document, or a file of a checkpoint is damaged; no rank goes on then.
     """
     torch.set_num_threads(cfg.cluster.cpus_per_device)
     ranks = PartialState(cpu=cfg.cluster.device is Device.cpu, timeout=timedelta(seconds=cfg.engine.timeout_s))
-    plan: list[Any] = [None]
-    error = None
-    if ranks.is_main_process:
-        try:
-            plan = [_plan(cfg, run_dir, documents, corpus_hash)]
-        except UserError as found:
-            error = found
     # Only rank 0 looks: were the others a moment late to see a file, they would wait for each other for ever.
-    broadcast_object_list(plan)
-    if plan[0] is None:
-        raise error or SystemExit(1)
-    suite_dir, to_do = plan[0]
+    look = partial(_plan, cfg, run_dir, documents, corpus_hash) if ranks.is_main_process else lambda: None
+    suite_dir, to_do = _together(ranks, look)
     with Progress("evaluating", "checkpoints", len(to_do), shown=ranks.is_main_process) as progress:
         for checkpoint in to_do:
             result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer_dir, corpus_hash, ranks)
@@ -69,7 +56,24 @@ def evaluate(
     ranks.destroy_process_group()
 
 
-def _plan(cfg: RunConfig, run_dir: Path, documents: Sequence[Document], corpus_hash: str) -> tuple[Path, list[Path]]:
+def _together(ranks: PartialState, look: Callable[[], Any]) -> Any:
+    """What `look` finds on the first rank; where any rank finds a mistake, the first one tells it and all end."""
+    found, mistake = None, None
+    try:
+        found = look()
+    except UserError as error:
+        mistake = (error.found, error.rule, error.repair)
+    shares = gather_object([(found, mistake)])
+    for _, told in shares:
+        if told:
+            raise UserError(*told) if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
+    return shares[0][0]
+
+
+def _plan(
+    cfg: RunConfig, run_dir: Path, documents: Sequence[ValidDocument], corpus_hash: str
+) -> tuple[Path, list[Path]]:
+    """The suite's folder, and the checkpoints that have no result."""
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise UserError(
@@ -82,44 +86,28 @@ def _plan(cfg: RunConfig, run_dir: Path, documents: Sequence[Document], corpus_h
             "corpus.holdout.share=0.001, and prepare the corpus again",
         )
     suite_dir = build_suite(cfg.suite, {document.lang for document in documents}, run_dir / "eval")
-    suite_hash = _suite_index(suite_dir)["hash"]
-    to_do = []
+    suite_hash, to_do = read_index(suite_dir)["hash"], []
     for checkpoint in checkpoints:
-        result = read_result(
-            result_path(run_dir, checkpoint.name), Identity(checkpoint_sha256(checkpoint), suite_hash, corpus_hash)
-        )
-        if result is None:
-            to_do.append(checkpoint)
-        else:
+        identity = {"model_sha256": checkpoint_sha256(checkpoint), "suite_hash": suite_hash, "corpus_hash": corpus_hash}
+        if result := read_result(result_path(run_dir, checkpoint.name), **identity):
             _record(run_dir, result)
+        else:
+            to_do.append(checkpoint)
     print(f"{len(to_do)} of {len(checkpoints)} checkpoints to evaluate", flush=True)
     return suite_dir, to_do
-
-
-def _verify_together(checkpoint: Path, ranks: PartialState) -> None:
-    """Each rank hashes its share of the files; the first one tells what is wrong, and no rank goes on."""
-    complaint = None
-    try:
-        verify_files(checkpoint, ranks.process_index, ranks.num_processes)
-    except UserError as error:
-        complaint = (error.found, error.rule, error.repair)
-    found = [c for c in gather_object([complaint]) if c]
-    if found:
-        raise UserError(*found[0]) if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
 
 
 def _evaluate_checkpoint(
     cfg: RunConfig,
     checkpoint: Path,
     suite_dir: Path,
-    documents: Sequence[Document],
+    documents: Sequence[ValidDocument],
     tokenizer_dir: Path,
     corpus_hash: str,
     ranks: PartialState,
 ) -> dict[str, Any]:
-    start = time.monotonic()
-    index = _suite_index(suite_dir)
-    _verify_together(checkpoint, ranks)
+    start, index = time.monotonic(), read_index(suite_dir)
+    _together(ranks, lambda: verify_files(checkpoint, ranks.process_index, ranks.num_processes))
     decoder, model_sha256 = load_decoder(checkpoint, cfg)
     # In the format in which training computes, so that the last validation of training shows the same figures.
     decoder = decoder.to(ranks.device, torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32)
@@ -135,18 +123,22 @@ def _evaluate_checkpoint(
     bpb = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
     suite = _ask(decoder, cfg, suite_dir, index["tasks"], tokenizer_dir)
     progress = read_manifest(checkpoint)["progress"]
+    is_gpu = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name(ranks.device) if is_gpu else host.hardware()["processor"]
     return {
         "checkpoint": checkpoint.name,
         "step": progress["step"],
         "tokens": progress["tokens"],
-        **asdict(Identity(model_sha256, index["hash"], corpus_hash)),
+        "model_sha256": model_sha256,
+        "suite_hash": index["hash"],
+        "corpus_hash": corpus_hash,
         "bpb": {lang: asdict(entry) for lang, entry in bpb.items()},
         "bpb_mean": mean_bpb(bpb),
         "window": cfg.train.seq_len,
         **suite,
         "families": family_means(suite["tasks"]),
         "software": host.software(),
-        "hardware": {**host.hardware(), "device": _device_name(ranks.device)},
+        "hardware": {**host.hardware(), "device": device},
         "precision": cfg.engine.precision.value,
         "world_size": ranks.num_processes,
         "wall_s": round(time.monotonic() - start, 3),
@@ -167,40 +159,15 @@ def _ask(
 
     disable_progress_bar()  # one for each model and rank
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    model = to_transformers(
-        decoder,
-        seq_len=cfg.train.seq_len,
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = to_transformers(decoder, seq_len=cfg.train.seq_len, **ids)
     return run_suite(model, tokenizer, suite_dir, tasks, batch_seqs=cfg.suite.batch_seqs)
-
-
-def _suite_index(suite_dir: Path) -> dict[str, Any]:
-    index: dict[str, Any] = json.loads((suite_dir / "suite.json").read_text(encoding="utf-8"))
-    return index
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(host.hardware()["processor"])
 
 
 def _record(run_dir: Path, result: dict[str, Any]) -> None:
     """One ledger line a result, also where a kill came between the file and the line."""
-    told = (
-        "checkpoint",
-        "step",
-        "tokens",
-        "model_sha256",
-        "suite_hash",
-        "corpus_hash",
-        "bpb_mean",
-        "families",
-        "wall_s",
-    )
-    facts = {name: result[name] for name in told}
-    ledger = Ledger(run_dir)
+    told = ("checkpoint", "step", "tokens", *IDENTITY, "bpb_mean", "families", "wall_s")
+    facts, ledger = {name: result[name] for name in told}, Ledger(run_dir)
     if ledger.last("evaluation", **facts) is None:
         ledger.append("evaluation", **facts, hardware=result["hardware"], world_size=result["world_size"])
 
@@ -209,8 +176,5 @@ def _line(result: dict[str, Any]) -> str:
     families = "".join(
         f", {name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in result["families"].items()
     )
-    languages = len(result["bpb"])
-    return (
-        f"{result['checkpoint']}: {result['bpb_mean']:.4f} bits per byte over {languages} languages{families}, "
-        f"{result['wall_s']:.1f} s"
-    )
+    bpb = f"{result['bpb_mean']:.4f} bits per byte over {len(result['bpb'])} languages"
+    return f"{result['checkpoint']}: {bpb}{families}, {result['wall_s']:.1f} s"

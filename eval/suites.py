@@ -14,8 +14,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
+from typing import Any
 
 import babel
 from babel import Locale
@@ -23,6 +24,7 @@ from babel.core import get_cldr_version
 
 from configs.errors import UserError
 from configs.schema import SuiteConfig
+from ledger.pages import render
 
 LANGUAGES = tuple("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv".split())  # noqa: SIM905
 
@@ -34,6 +36,8 @@ MIN_ITEMS = 10
 
 # Two-letter codes of CLDR that are no countries or territories of ISO 3166, or stand for several.
 NO_TERRITORY = frozenset("AC CP CQ DG EA EU EZ IC QO TA UN XA XB ZZ".split())  # noqa: SIM905
+
+_TASK = Path(__file__).with_name("task.yaml.j2")
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Pat
     files: dict[str, bytes] = {}
     for name, items in kept.items():
         files[f"{name}.jsonl"] = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items).encode()
-        files[f"{name}.yaml"] = _task_yaml(name).encode()
+        files[f"{name}.yaml"] = render(_TASK, name=name).encode()
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] + b"\0" for name in sorted(files))).hexdigest()
     index = {
         "hash": digest,
@@ -152,6 +156,12 @@ def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Pat
     files["suite.json"] = (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()
     files["LICENSE-CLDR.txt"] = (Path(babel.__file__).parent / "locale-data" / "LICENSE.unicode").read_bytes()
     return _write_folder(root / f"suite-{digest[:16]}", files)
+
+
+def read_index(suite_dir: Path) -> dict[str, Any]:
+    """What is in a suite: `hash`, `origin`, `licence`, `tasks` and those `left_out`."""
+    index: dict[str, Any] = json.loads((suite_dir / "suite.json").read_text(encoding="utf-8"))
+    return index
 
 
 def _locale(lang: str) -> Locale:
@@ -200,12 +210,8 @@ def _without_gaps(forms: dict[str, str], english: Iterable[str]) -> dict[str, st
 
 def _continuations(right: str, wrong: str) -> Item:
     """The words both share in front become the query, so that only what differs is scored."""
-    shared = 0
-    for place, (a, b) in enumerate(zip(right, wrong, strict=False)):
-        if a != b:
-            break
-        if a == " ":
-            shared = place
+    n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(right, wrong, strict=False)))
+    shared = max(right.rfind(" ", 0, n_alike), 0)
     return Item(right[:shared], (right[shared:], wrong[shared:]), 0)
 
 
@@ -237,26 +243,6 @@ def _shuffle_gold(name: str, items: list[Item]) -> list[Item]:
         order = rng.sample(range(len(item.choices)), len(item.choices))
         shuffled.append(Item(item.query, tuple(item.choices[i] for i in order), order.index(item.gold)))
     return shuffled
-
-
-def _task_yaml(name: str) -> str:
-    # The choices are a list column: a YAML list of templates would be scored literally, unrendered.
-    return f"""task: {name}
-tag: {name.split("_")[0]}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-num_fewshot: 0
-doc_to_text: query
-doc_to_choice: choices
-doc_to_target: gold
-target_delimiter: ""
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_bytes, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1}}
-"""
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> Path:

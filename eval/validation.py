@@ -10,29 +10,18 @@ languages they mean little, since scripts differ in bytes a character.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-
-class Document(Protocol):
-    """A held-out document, as `data` gives it."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def lang(self) -> str: ...  # noqa: D102
-    @property
-    def tokens(self) -> np.ndarray[Any, Any]:
-        """Ids of `[bos] + text + [eos]`."""
-
-    @property
-    def n_bytes(self) -> int:
-        """UTF-8 bytes of the raw text."""
+from data.heldout import ValidDocument
 
 
 class DocumentScore(NamedTuple):
@@ -60,8 +49,7 @@ class Bpb:
     tokens: int
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     document: int
     tokens: np.ndarray[Any, Any]
     n_context: int
@@ -71,7 +59,7 @@ class _Window:
 @torch.no_grad()
 def score_documents(
     logits_fn: Callable[[Tensor], Tensor],
-    documents: Sequence[Document],
+    documents: Sequence[ValidDocument],
     *,
     seq_len: int,
     batch_seqs: int,
@@ -87,11 +75,9 @@ def score_documents(
     least; later windows begin in mid-text, without bos. Documents are dealt out in order of length, which
     gives ranks equal work and batches little padding.
     """
-    order = sorted(range(len(documents)), key=lambda i: (-len(documents[i].tokens), documents[i].lang, documents[i].id))
-    shares = [[documents[i] for i in order[r::world_size]] for r in range(world_size)]
-    mine = shares[rank]
-    windows = [window for i, document in enumerate(mine) for window in _windows(i, document.tokens, seq_len)]
-    most = max(sum(len(_windows(0, document.tokens, seq_len)) for document in share) for share in shares)
+    by_length = sorted(documents, key=lambda document: (-len(document.tokens), document.lang, document.id))
+    shares = [_windows(by_length[r::world_size], seq_len) for r in range(world_size)]
+    mine, windows, most = by_length[rank::world_size], shares[rank], max(map(len, shares))
     nll_nats = np.zeros(len(mine))
     for start in range(0, most, batch_seqs):
         batch = windows[start : start + batch_seqs]
@@ -108,7 +94,7 @@ def score_documents(
 
 def gather_scores(scores: list[DocumentScore]) -> list[DocumentScore]:
     """The scores of all ranks, on every rank; the scores themselves where there is one process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not torch.distributed.is_initialized():
         return scores
     shares: list[list[DocumentScore]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(shares, scores)
@@ -123,10 +109,8 @@ def bits_per_byte(scores: Iterable[DocumentScore], *, bootstrap_samples: int, se
     documents, are resampled alike. A language with one document has an interval of width 0: it has no spread
     to show.
     """
-    by_lang: dict[str, list[DocumentScore]] = {}
-    for score in sorted(scores, key=lambda score: (score.lang, score.id)):
-        by_lang.setdefault(score.lang, []).append(score)
-    return {lang: _bpb(of_lang, bootstrap_samples, seed) for lang, of_lang in by_lang.items()}
+    by_lang = groupby(sorted(scores, key=attrgetter("lang", "id")), key=attrgetter("lang"))
+    return {lang: _bpb(list(of_lang), bootstrap_samples, seed) for lang, of_lang in by_lang}
 
 
 def mean_bpb(by_lang: dict[str, Bpb]) -> float:
@@ -134,28 +118,23 @@ def mean_bpb(by_lang: dict[str, Bpb]) -> float:
     return sum(entry.bpb for entry in by_lang.values()) / len(by_lang)
 
 
-def _windows(document: int, tokens: np.ndarray[Any, Any], seq_len: int) -> list[_Window]:
-    text = tokens[:-1]
-    n_predictions = len(text) - 1
+def _windows(documents: Sequence[ValidDocument], seq_len: int) -> list[_Window]:
     windows = []
-    n_done = start = 0
-    while n_done < n_predictions:
-        # seq_len tokens go in; one more is the target of the last of them.
-        windows.append(_Window(document, text[start : start + seq_len + 1], n_context=n_done - start))
-        n_done = min(start + seq_len, n_predictions)
-        start += max(seq_len // 2, 1)
+    for document, text in enumerate(entry.tokens[:-1] for entry in documents):
+        n_predictions, n_done, start = len(text) - 1, 0, 0
+        while n_done < n_predictions:
+            # seq_len tokens go in; one more is the target of the last of them.
+            windows.append(_Window(document, text[start : start + seq_len + 1], n_context=n_done - start))
+            n_done = min(start + seq_len, n_predictions)
+            start += max(seq_len // 2, 1)
     return windows
 
 
 def _score_batch(
     logits_fn: Callable[[Tensor], Tensor], batch: list[_Window], device: torch.device | str
 ) -> list[float]:
-    longest = max(len(window.tokens) for window in batch)
     # What is padded with does not matter: a causal model does not look to the right.
-    tokens_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-    for row, window in zip(tokens_BT, batch, strict=True):
-        row[: len(window.tokens)] = torch.from_numpy(window.tokens.astype(np.int64))
-    tokens_BT = tokens_BT.to(device)
+    tokens_BT = pad_sequence([torch.from_numpy(w.tokens.astype(np.int64)) for w in batch], batch_first=True).to(device)
     logits_BTV = logits_fn(tokens_BT[:, :-1])
     nats = []
     for window, tokens_T, logits_TV in zip(batch, tokens_BT, logits_BTV, strict=True):

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,24 +11,23 @@ from pathlib import Path
 from ledger.record import gap
 
 DISTRIBUTIONS = (
-    "marathon-llm",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "tokenizers",
-    "sentencepiece",
-    "datasets",
-    "accelerate",
-    "lm_eval",
-    "hydra-core",
-    "numpy",
-)
+    "marathon-llm", "torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "accelerate",
+    "lm_eval", "hydra-core", "numpy",
+)  # fmt: skip
 
 
 @functools.cache
 def software() -> dict[str, str]:
     """Versions of Python and of what decides results; a distribution that is absent is a GAP."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}}
+    return {name: version(name) or gap("not installed") for name in ("python", *DISTRIBUTIONS)}
+
+
+def version(name: str) -> str | None:
+    """Of Python or of a distribution; None where it is not installed."""
+    try:
+        return platform.python_version() if name == "python" else metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -56,12 +56,8 @@ def commit() -> str:
 
 def container() -> str:
     """Image this process runs in, as the container runtime or the job script tells it."""
-    return (
-        os.environ.get("MARATHON_IMAGE")
-        or os.environ.get("SINGULARITY_CONTAINER")
-        or os.environ.get("APPTAINER_CONTAINER")
-        or gap("no container announced itself")
-    )
+    told = (os.environ.get(name) for name in ("MARATHON_IMAGE", "SINGULARITY_CONTAINER", "APPTAINER_CONTAINER"))
+    return next(filter(None, told), gap("no container announced itself"))
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -70,16 +66,9 @@ def _git(root: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return gap("not installed")
-
-
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError as error:
         return gap(str(error))
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return found[1] if found else platform.machine()

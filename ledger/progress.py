@@ -2,7 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
+from typing import Any
 
 LINE_EVERY_S = 30.0
 """Between two plain lines that tell of progress alone."""
@@ -22,12 +22,15 @@ class Progress:
         self.what, self.unit, self.total, self.done = what, unit, total, done
         self.shown = shown
         self._next_line_s = time.monotonic() + LINE_EVERY_S
-        self._bar = _Bar(what, unit, total, done) if shown and sys.stdout.isatty() else None
+        self._bar = _bar(unit) if shown and sys.stdout.isatty() else None
+        if self._bar is not None:
+            self._task = self._bar.add_task(what, total=total, completed=done)
+            self._bar.start()
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
         if kind is None and self.shown and self.total is None:
             print(f"{self.what}: {self.done:,} {self.unit}", flush=True)
@@ -41,7 +44,7 @@ class Progress:
         """Counts `n` more."""
         self.done += n
         if self._bar is not None:
-            self._bar.advance(n)
+            self._bar.advance(self._task, n)
         elif self.shown and (now := time.monotonic()) >= self._next_line_s:
             self._next_line_s = now + LINE_EVERY_S
             of = "" if self.total is None else f" of {self.total:,}"
@@ -50,43 +53,23 @@ class Progress:
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.say(line)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif self.shown:
             print(line, flush=True)
             self._next_line_s = time.monotonic() + LINE_EVERY_S
 
 
-class _Bar:
+def _bar(unit: str) -> Any:
     """rich's bar; a rank behind a pipe never imports it."""
+    from rich import progress as columns
 
-    def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            transient=True,
-        )
-        self._task = self._progress.add_task(what, total=total, completed=done)
-        self._progress.start()
-
-    def advance(self, n: int) -> None:
-        self._progress.advance(self._task, n)
-
-    def say(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        self._progress.stop()
+    return columns.Progress(
+        columns.TextColumn("{task.description}"),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        columns.TextColumn(unit),
+        columns.TimeElapsedColumn(),
+        columns.TextColumn("left"),
+        columns.TimeRemainingColumn(),
+        transient=True,
+    )

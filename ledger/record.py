@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from typing import Any
 def gap(reason: str) -> str:
     """The value of a fact that is not known."""
     return f"GAP: {reason}"
+
+
+def json_lines(path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines, if it is there; a line torn by a kill is passed over. `options`: json.loads'."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                if isinstance(found := json.loads(line, **options), dict):
+                    yield found
 
 
 class Ledger:
@@ -27,41 +39,27 @@ class Ledger:
         """Writes one line and forces it to disk, so that a killed job has told all it did."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("ab+") as file:
             # A process killed in mid-line leaves no newline; the next record must not be glued to its rest.
-            if file.tell() and not self._ends_with_newline():
-                file.write("\n")
-            file.write(line + "\n")
+            file.seek(max(file.tell() - 1, 0))
+            if file.read(1) not in (b"", b"\n"):
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self, event: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yields records in order, those of one event or all; a half-written line is passed over."""
-        if not self.path.exists():
-            return
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if event is None or record["event"] == event:
-                    yield record
+        """Yields records in order, those of one event or all."""
+        for record in json_lines(self.path):
+            if event is None or record["event"] == event:
+                yield record
 
     def last(self, event: str, **matching: Any) -> dict[str, Any] | None:
         """The newest record of an event whose facts equal `matching`, or None."""
-        found = None
-        for record in self.read(event):
-            if all(record.get(key) == value for key, value in matching.items()):
-                found = record
-        return found
+        found = [record for record in self.read(event) if matching.items() <= record.items()]
+        return found[-1] if found else None
 
     @property
     def n_bytes(self) -> int:
         """Length of the file so far."""
         return self.path.stat().st_size if self.path.exists() else 0
-
-    def _ends_with_newline(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"

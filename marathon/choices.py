@@ -1,36 +1,36 @@
-"""What can be chosen: groups and their files, settings and their values; for `marathon configs` and tab completion.
+"""What can be chosen: commands, groups and their files, settings, runs. For help, `configs` and tab completion.
 
-Reads file names and the schema's source; Hydra and OmegaConf stay out, since a key press waits for the answer.
+A key press waits for the answer: Hydra stays out, and the schema is read only where settings are asked for.
 """
 
-import ast
+import os
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from configs.errors import UserError
 
-GROUPS = Path(__file__).resolve().parent.parent / "configs"
+HERE = Path(__file__).resolve().parent
+GROUPS = HERE.parent / "configs"
 
-COMMANDS = (
-    "run", "data", "train", "eval", "release",
-    "plan", "doctor", "move", "report", "configs", "freeze", "completion",
-)  # fmt: skip
 
-SCRIPTS = {
-    "bash": """_marathon() {
-  local IFS=$'\\n' line=("${COMP_WORDS[@]:1:COMP_CWORD}")
-  local word="${COMP_LINE:0:COMP_POINT}"; word="${word##* }"
-  COMPREPLY=($(marathon _complete "${line[0]}" "$word"))
-  # Readline breaks words at = and completes only what stands behind it.
-  [[ $word == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"${word%%=*}="}")
-  [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
-}
-complete -F _marathon marathon""",
-    "zsh": """_marathon() {
-  local -a found; found=(${(f)"$(marathon _complete "${words[2]}" "${words[CURRENT]}")"})
-  compadd -S '' -- $found
-}
-compdef _marathon marathon""",
-}
+def sections() -> dict[str, dict[str, dict[str, Any]]]:
+    """By heading, the commands: what is told of each and what completes its words."""
+    return yaml.safe_load((HERE / "commands.yaml").read_text(encoding="utf-8"))
+
+
+def commands() -> dict[str, dict[str, Any]]:
+    """All commands by name."""
+    return {name: {**entry, "name": name} for section in sections().values() for name, entry in section.items()}
+
+
+def help_text(command: str = "") -> str:
+    """What a command does, what it takes and an example; or all commands with a line each."""
+    from ledger.pages import render
+
+    return render(HERE / "help.txt.j2", sections=sections(), command=commands().get(command)).rstrip()
 
 
 def list_choices() -> str:
@@ -43,54 +43,62 @@ def list_choices() -> str:
 
 
 def complete_words(words: list[str]) -> list[str]:
-    """What may stand in place of the last of `words`, the command and the word begun."""
-    command, begun = [*words, "", ""][:2]
-    if command == "completion":
-        return [shell for shell in SCRIPTS if shell.startswith(begun)]
-    if len(words) < 2 or command == begun:
-        return [name for name in COMMANDS if name.startswith(command)]
-    group, equals, value = begun.partition("=")
-    if equals and group in _groups():
-        return [f"{group}={p.stem}" for p in sorted((GROUPS / group).glob("*.yaml")) if p.stem.startswith(value)]
-    names = [f"{name}=" for name in (*_groups(), *_settings())]
-    return sorted(name for name in names if name.startswith(begun))
+    """What may stand in place of the last of `words`, which are the command and what follows it."""
+    *earlier, begun = words or [""]
+    kinds = [" ".join(commands())]
+    if earlier:
+        kinds = commands().get(earlier[0], {"words": [[]]})["words"][: len(earlier)][-1]
+    for kind in kinds:
+        offered = run_names() if kind == "RUN" else _settings_like(begun) if kind == "SETTING" else kind.split()
+        if fitting := [word for word in offered if word.startswith(begun)]:
+            return sorted(fitting)
+    return []
 
 
 def completion_script(shell: str) -> str:
     """The script for a shell; raises `UserError` for one that is not known."""
-    if shell not in SCRIPTS:
+    scripts = {path.suffix[1:]: path for path in sorted(HERE.glob("completion.*"))}
+    if shell not in scripts:
         raise UserError(
-            f"completion for {shell or 'no shell'}", f"the shells are {', '.join(SCRIPTS)}", "marathon completion bash"
+            f"completion for {shell or 'no shell'}", f"the shells are {', '.join(scripts)}", "marathon completion bash"
         )
-    return SCRIPTS[shell]
+    return scripts[shell].read_text(encoding="utf-8")
+
+
+def run_names(runs: Path | None = None) -> list[str]:
+    """Names of the runs in a folder, by default that of the scratch folder."""
+    return sorted(path.parent.name for path in (runs or _runs()).glob("*/config.yaml"))
+
+
+def run_folder(given: str) -> Path:
+    """The folder that a run's name under the scratch folder means, or a path to it."""
+    by_name = _runs() / given
+    return by_name if by_name.is_dir() or not os.path.isdir(given) else Path(given)
+
+
+def _runs() -> Path:
+    return Path(os.environ.get("MARATHON_SCRATCH", "scratch")) / "runs"
 
 
 def _groups() -> list[str]:
     return sorted(p.name for p in GROUPS.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
 
 
-def _settings() -> list[str]:
-    """Dotted names of all settings, read from the schema's sources."""
-    sources = [(GROUPS / name).read_text(encoding="utf-8") for name in ("text.py", "schema.py")]
-    tree = ast.parse("\n".join(sources))
-    classes = {
-        node.name: [
-            (item.target.id, ast.unparse(item.annotation))
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        ]
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-    }
+def _settings_like(begun: str) -> list[str]:
+    group, equals, _ = begun.partition("=")
+    if equals and group in _groups():
+        return [f"{group}={path.stem}" for path in (GROUPS / group).glob("*.yaml")]
+    from configs.schema import RunConfig
 
-    def names(class_name: str, prefix: str) -> list[str]:
-        found = []
-        for name, annotation in classes[class_name]:
-            nested = annotation in classes and annotation.endswith("Config")
-            found += names(annotation, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
-        return found
+    return [f"{name}=" for name in (*_groups(), *_names(RunConfig))]
 
-    return names("RunConfig", "")
+
+def _names(section: type, prefix: str = "") -> list[str]:
+    names = []
+    for setting in fields(section):
+        nested = setting.type if isinstance(setting.type, type) and is_dataclass(setting.type) else None
+        names += _names(nested, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
+    return names
 
 
 def _first_comment(path: Path) -> str:

@@ -6,57 +6,37 @@ skipped without loading torch.
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from marathon import choices
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-USAGE = """Marathon: from multilingual European text to a released model.
-
-usage: marathon COMMAND [experiment=NAME] [SETTING=VALUE ...]
-
-stages, each restartable and skipped when complete
-  run      all four, one after the other
-  data     text to tokenizer, shards and manifest
-  train    train, validate, write checkpoints; resumes by itself
-  eval     ask every checkpoint: bits per byte by language, tasks
-  release  export the last checkpoint as a Hugging Face folder and verify it
-
-beside them
-  plan     what a run needs: parameters, FLOPs, memory, tokens, steps
-  doctor   whether this machine is ready for it
-  move     RUN --to FOLDER_OR_URL: take a run to another machine, by folder, sftp:// or s3://
-  report   one offline HTML page of the run: loss, languages, mixture, throughput
-  configs  the experiments, models, clusters and other groups there are
-  freeze   compose and check once, print the run's folder; job scripts do this
-  completion bash|zsh   tab completion: eval "$(marathon completion bash)"
-
-example: marathon train experiment=smoke optim.lr=1e-3
-settings and their meaning: configs/schema.py; values: configs/*/*.yaml"""
+HELP = {"-h", "--help"}
+STAGES = ("data", "train", "eval", "release")
+"""In order."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 1 for what the user can mend, told in one message."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    name, rest = given[0], given[1:]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["help"]
     try:
-        if name not in COMMANDS:
-            raise UserError(
-                f"marathon {name}",
-                f"the commands are {', '.join(n for n in COMMANDS if n[0] != '_')}",
-                "marathon --help",
-            )
-        if rest and rest[0] in ("-h", "--help"):
-            print(USAGE)
+        if name in ("help", *HELP):
+            print(choices.help_text(*rest[:1]))
             return 0
-        return COMMANDS[name](rest)
+        if name not in COMMANDS:
+            known = ", ".join(n for n in COMMANDS if n[0] != "_")
+            raise UserError(f"marathon {name}", f"the commands are {known}", "marathon --help")
+        if HELP.intersection(rest):
+            print(choices.help_text(name))
+            return 0
+        return COMMANDS[name](rest) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,8 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(overrides: list[str]) -> int:
     """All stages in order."""
-    from marathon.stages import STAGES
-
     cfg, run_dir = open_run(overrides)
     for stage in STAGES:
         if status := _run_stage(stage, cfg, run_dir):
@@ -84,8 +62,9 @@ def run(overrides: list[str]) -> int:
     return 0
 
 
-def _one_stage(stage: str) -> Callable[[list[str]], int]:
-    return lambda overrides: _run_stage(stage, *open_run(overrides, is_new=stage == "data"))
+def one_stage(stage: str, overrides: list[str]) -> int:
+    """One stage; only the first may find no run."""
+    return _run_stage(stage, *open_run(overrides, is_new=stage == STAGES[0]))
 
 
 def _run_stage(stage: str, cfg: "RunConfig", run_dir: Path) -> int:
@@ -98,13 +77,14 @@ def _run_stage(stage: str, cfg: "RunConfig", run_dir: Path) -> int:
     return launch(stage, cfg, run_dir)
 
 
-def plan(overrides: list[str]) -> int:
+def plan(overrides: list[str]) -> None:
     """Prints the plan."""
     from configs.compose import compose
-    from marathon.plan import plan_text
+    from marathon.plan import mixture_text, plan_text
 
-    print(plan_text(compose(overrides)))
-    return 0
+    cfg = compose(overrides)
+    print(plan_text(cfg))
+    print(mixture_text(cfg))
 
 
 def doctor(overrides: list[str]) -> int:
@@ -115,60 +95,96 @@ def doctor(overrides: list[str]) -> int:
     return print_checks(run_doctor(compose(overrides) if overrides else None))
 
 
-def move(arguments: list[str]) -> int:
+def move(arguments: list[str]) -> None:
     """Takes a run to another place."""
     from marathon.move import move as move_run
 
-    if len(arguments) == 2 and arguments[1].startswith("--to="):
-        arguments = [arguments[0], *arguments[1].split("=", 1)]
-    if len(arguments) != 3 or arguments[1] != "--to":
-        raise UserError(
-            f"marathon move {' '.join(arguments)}",
-            "what is moved and where to are given",
-            "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER",
-        )
-    move_run(arguments[0], arguments[2])
-    return 0
+    match [word for a in arguments for word in (a.split("=", 1) if a.startswith("--to=") else [a])]:
+        case [given, "--to", place] | ["--to", place, given]:
+            move_run(given, place)
+        case _:
+            raise UserError(
+                f"marathon move {' '.join(arguments)}",
+                "what is moved and where to are given",
+                "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER",
+            )
 
 
-def report(arguments: list[str]) -> int:
-    """Writes the page of a run, given as its folder or as overrides."""
+def report(arguments: list[str]) -> None:
+    """Writes the page of a run, given by its name, as its folder, or as overrides."""
     from configs.compose import compose, run_dir
     from marathon.report import write_report
 
-    is_folder = len(arguments) == 1 and Path(arguments[0]).is_dir()
-    print(write_report(Path(arguments[0]) if is_folder else run_dir(compose(arguments))))
-    return 0
+    is_run = len(arguments) == 1 and "=" not in arguments[0]
+    print(write_report(choices.run_folder(arguments[0]) if is_run else run_dir(compose(arguments))))
 
 
-def configs(_: list[str]) -> int:
+def configs(_: list[str]) -> None:
     """Lists every group with a line for each choice."""
-    from marathon.choices import list_choices
+    print(choices.list_choices())
 
-    print(list_choices())
+
+def data(arguments: list[str]) -> int:
+    """Prepares the corpus; `data remove` takes documents out of it again."""
+    if arguments[:1] != ["remove"]:
+        return one_stage("data", arguments)
+    from marathon.trace import remove
+
+    given = _named(arguments[1:], "run", "ids", "reason")
+    named = Path(given["ids"].removeprefix("@"))
+    ids = named.read_text(encoding="utf-8").splitlines() if given["ids"].startswith("@") else given["ids"].split(",")
+    shards = remove(choices.run_folder(given["run"]), [doc_id for doc_id in ids if doc_id], given["reason"])
+    print(f"removed from {len(shards)} shards: {', '.join(shards)}\nin corpus.clean.opt_out.ids they stay out for ever")
     return 0
 
 
-def freeze(overrides: list[str]) -> int:
+def trace(arguments: list[str]) -> None:
+    """Prints which documents a step was trained on."""
+    from marathon.trace import trace as documents_of
+
+    given = _named(arguments, "run", "step")
+    if not given["step"].isdigit():
+        raise UserError(f"step={given['step']}", "a step is a number", "step=1 is the first")
+    print("\n".join(documents_of(choices.run_folder(given["run"]), int(given["step"]))))
+
+
+def thresholds(arguments: list[str]) -> None:
+    """Derives quality thresholds from the documents of a config."""
+    from configs.compose import compose
+    from data.cleaning import derive_thresholds
+
+    *overrides, path = arguments or [""]
+    if not path.endswith(".yaml"):
+        raise UserError(f"thresholds … {path}", "the last argument is the file to write", "… FILE.yaml")
+    derive_thresholds(compose(overrides), Path(path), f"marathon thresholds {' '.join(arguments)}")
+    print(path)
+
+
+def _named(arguments: list[str], *names: str) -> dict[str, str]:
+    """The values of NAME=VALUE arguments, each of which is needed."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if set(given) != set(names):
+        raise UserError(
+            " ".join(arguments) or "no arguments",
+            f"what is needed is {', '.join(f'{name}=…' for name in names)}, and nothing else",
+            "marathon help COMMAND shows an example",
+        )
+    return given
+
+
+def freeze(overrides: list[str]) -> None:
     """Composes, checks, freezes; the folder is the last line printed."""
     print(open_run(overrides)[1])
-    return 0
 
 
-def completion(arguments: list[str]) -> int:
+def completion(arguments: list[str]) -> None:
     """Prints the shell's completion script."""
-    from marathon.choices import completion_script
-
-    print(completion_script(arguments[0] if arguments else ""))
-    return 0
+    print(choices.completion_script(arguments[0] if arguments else ""))
 
 
-def complete(words: list[str]) -> int:
+def complete(words: list[str]) -> None:
     """Prints what may follow; called by the completion script."""
-    from marathon.choices import complete_words
-
-    print("\n".join(complete_words(words)))
-    return 0
+    print("\n".join(choices.complete_words(words)))
 
 
 def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Path]:
@@ -190,20 +206,19 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
     folder = run_dir(cfg)
     frozen = folder / "config.yaml"
     if not is_new and not frozen.exists():
-        there = ", ".join(sorted(p.name for p in folder.parent.glob("*"))) or "none"
         raise UserError(
-            f"no run {cfg.name} in {folder.parent}; there: {there}",
+            f"no run {cfg.name} in {folder.parent}; there: {', '.join(choices.run_names(folder.parent)) or 'none'}",
             "training, evaluation and release go on from what `marathon data` prepares",
             "run `marathon data` with the same arguments, or `marathon run` for all stages",
         )
     _make_folder(folder)
     changes = diff(load(frozen), cfg) if frozen.exists() else {}
-    fixed = {key: change for key, change in changes.items() if not is_free_to_change(key)}
+    told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
+    fixed = [line for key, line in told.items() if not is_free_to_change(key)]
     if fixed and any((folder / "checkpoints").glob("step-*")):
-        told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in list(fixed.items())[:6])
-        told += f"; and {len(fixed) - 6} more" if len(fixed) > 6 else ""
+        first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
         raise UserError(
-            f"run {cfg.name} has checkpoints, and these settings differ from theirs: {told}",
+            f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}",
             "what decides weights and order of samples stays as the run began",
             f"name={cfg.name}-2 for a new run, or leave them as they were",
         )
@@ -213,21 +228,19 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Pa
         return cfg, folder
     refuse_if_held(folder)
     freeze(cfg, frozen)
-    facts = {"config_hash": config_hash(cfg), "software": host.software(), "commit": host.commit()}
+    facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg)}
     if changes:
-        for key, (old, new) in changes.items():
-            print(f"{key}: {old} -> {new}")
-        Ledger(folder).append("changed", settings={k: [str(o), str(n)] for k, (o, n) in changes.items()}, **facts)
-    else:
-        Ledger(folder).append("frozen", **facts)
+        print(*told.values(), sep="\n")
+        facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}
+    event = "changed" if changes else "frozen"
+    Ledger(folder).append(event, **facts, software=host.software(), commit=host.commit())
     return cfg, folder
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error.strerror}",
@@ -236,21 +249,14 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": run,
-    "data": _one_stage("data"),
-    "train": _one_stage("train"),
-    "eval": _one_stage("eval"),
-    "release": _one_stage("release"),
-    "plan": plan,
-    "doctor": doctor,
-    "move": move,
-    "report": report,
-    "configs": configs,
-    "freeze": freeze,
-    "completion": completion,
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "data": data,
+    **{stage: partial(one_stage, stage) for stage in STAGES[1:]},
+    **{command.__name__: command for command in (run, plan, doctor, trace, thresholds, move, report, configs)},
+    **{command.__name__: command for command in (freeze, completion)},
     "_complete": complete,
 }
+"""By name; commands.yaml tells of each."""
 
 
 if __name__ == "__main__":

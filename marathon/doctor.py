@@ -5,7 +5,6 @@ does not apply here, as a GPU check on a login node, says so and is skipped.
 """
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -26,8 +24,9 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from data.manifest import verify
 from data.pipeline import corpus_dir
+from ledger.host import version
 from marathon import placement
-from marathon.outcome import Outcome, Status, does_not_apply, failed, passed, warned
+from marathon.outcome import Outcome, does_not_apply, failed, passed, warned
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 DISTRIBUTION = "marathon-llm"
@@ -37,37 +36,23 @@ KNOWN_BAD = (
     ("<0.19.5", "", "scaled gradients and misplaced checkpoints were mended up to 0.19.5"),
 )
 """Ranges of deepspeed and torch that train wrongly without a word, from DeepSpeed's own history of changes."""
-_ABSENT = "not installed"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    status: Status
-    found: str
-    repair: str
-    """Empty where there is nothing to mend."""
-
-
-def run_doctor(cfg: RunConfig | None) -> list[Check]:
+def run_doctor(cfg: RunConfig | None) -> dict[str, Outcome]:
     """Looks at everything; without a config, at what does not depend on one. Takes about five seconds."""
-    checks = [Check(name, *check()) for name, check in GENERAL.items()]
-    for name, configured in CONFIGURED.items():
-        outcome = configured(cfg) if cfg else does_not_apply("no experiment= was given")
-        checks.append(Check(name, *outcome))
-    return checks
+    without = does_not_apply("no experiment= was given")
+    general = {name: check() for name, check in GENERAL.items()}
+    return general | {name: check(cfg) if cfg else without for name, check in CONFIGURED.items()}
 
 
-def print_checks(checks: list[Check]) -> int:
+def print_checks(outcomes: dict[str, Outcome]) -> int:
     """Prints a plain table; returns 1 where a check failed, else 0."""
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{check.status}  {check.name:<{width}}  {check.found}")
-        if check.repair:
-            print(f"{'':<{width + 6}}  repair: {check.repair}")
-    counted = Counter(check.status for check in checks)
+    width = max(map(len, outcomes))
+    for name, outcome in outcomes.items():
+        print(f"{outcome.status}  {name:<{width}}  {outcome.found}")
+        if outcome.repair:
+            print(f"{'':<{width + 6}}  repair: {outcome.repair}")
+    counted = Counter(outcome.status for outcome in outcomes.values())
     print(", ".join(f"{counted[status]} {status}" for status in ("pass", "warn", "fail", "skip")))
     return int(counted["fail"] > 0)
 
@@ -75,21 +60,21 @@ def print_checks(checks: list[Check]) -> int:
 def check_versions() -> Outcome:
     """The interpreter and every dependency against the ranges that the package states."""
     # A cluster's jobs run the checkout itself, in a container that may not know it as a package.
-    if _version(DISTRIBUTION) == _ABSENT:
+    if version(DISTRIBUTION) is None:
         return warned("Marathon is not installed, its ranges are not known", "pip install --no-deps -e .")
     stated = [f"python{metadata.metadata(DISTRIBUTION)['Requires-Python']}", *(metadata.requires(DISTRIBUTION) or [])]
     needed = [r for r in map(Requirement, stated) if r.marker is None or r.marker.evaluate()]
-    wrong = [r for r in needed if not _within(_version(r.name), str(r.specifier))]
+    wrong = [r for r in needed if not _within(version(r.name), str(r.specifier))]
     if wrong:
-        found = ", ".join(f"{r.name} {_version(r.name)} (needs {r.specifier})" for r in wrong)
+        found = ", ".join(f"{r.name} {version(r.name) or 'not installed'} (needs {r.specifier})" for r in wrong)
         return failed(found, f"install {', '.join(f'{r.name}{r.specifier}' for r in wrong)}")
-    return passed(f"python {_version('python')} and {len(needed) - 1} libraries, all within their ranges")
+    return passed(f"python {version('python')} and {len(needed) - 1} libraries, all within their ranges")
 
 
 def check_known_bad() -> Outcome:
     """Pairs of deepspeed and torch that are known to train wrongly."""
-    deepspeed, torch_version = _version("deepspeed"), _version("torch")
-    found = f"deepspeed {deepspeed} with torch {torch_version}"
+    deepspeed, torch_version = version("deepspeed"), version("torch")
+    found = f"deepspeed {deepspeed or 'not installed'} with torch {torch_version or 'not installed'}"
     for deepspeed_range, torch_range, harm in KNOWN_BAD:
         if _within(deepspeed, deepspeed_range) and _within(torch_version, torch_range):
             return failed(f"{found}: {harm}", "pip install 'deepspeed>=0.19.5'")
@@ -180,16 +165,9 @@ CONFIGURED: dict[str, Callable[[RunConfig], Outcome]] = {
 }
 
 
-def _version(name: str) -> str:
-    try:
-        return platform.python_version() if name == "python" else metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return _ABSENT
-
-
-def _within(version: str, range_: str) -> bool:
+def _within(version: str | None, range_: str) -> bool:
     # Clusters' builds carry names such as 2.10.0a0+git: they count as the release that they lead to.
-    return version != _ABSENT and SpecifierSet(range_).contains(version, prereleases=True)
+    return version is not None and SpecifierSet(range_).contains(version, prereleases=True)
 
 
 def _existing(folder: Path) -> Path:

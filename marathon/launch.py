@@ -12,7 +12,7 @@ from types import FrameType
 from typing import IO
 
 from configs.schema import RunConfig
-from marathon.stages import STAGES
+from marathon.stages import ON_ALL_DEVICES
 
 GRACE_S = 15
 """Time for the other processes to end by themselves once one has failed, and again after being asked."""
@@ -25,13 +25,10 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     Rank 0 speaks on this terminal; the others write to RUN/logs, and what one of them said last is shown
     when it fails. SIGINT and SIGTERM are passed on, and the stage is waited for.
     """
-    n_processes = cfg.cluster.devices_per_node if STAGES[stage].on_all_devices else 1
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    processes: list[subprocess.Popen[bytes]] = []
-    for rank in range(n_processes):
-        processes.append(_start(stage, run_dir, rank, n_processes, cfg.cluster.cpus_per_device, port))
+    n_processes = cfg.cluster.devices_per_node if stage in ON_ALL_DEVICES else 1
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    port, threads = _free_port(), cfg.cluster.cpus_per_device
+    processes = [_start(stage, run_dir, rank, n_processes, threads, port) for rank in range(n_processes)]
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in processes:
@@ -54,17 +51,9 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
 
 
 def _start(stage: str, run_dir: Path, rank: int, world_size: int, threads: int, port: int) -> "subprocess.Popen[bytes]":
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONSAFEPATH": "1",
-    }
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    told |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": 1}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}}
     output: IO[bytes] | None = None if rank == 0 else open(_log_path(run_dir, stage, rank), "wb")  # noqa: SIM115
     return subprocess.Popen(
         [sys.executable, "-m", "marathon.stage", stage, str(run_dir)],
@@ -115,7 +104,5 @@ def _show_end(path: Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])

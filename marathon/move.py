@@ -7,9 +7,11 @@ rest, so that nothing half moved looks like a run; last comes `runs/NAME/moved.j
 
 import json
 import os
+import shlex
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configs.errors import UserError
@@ -17,6 +19,7 @@ from data.manifest import MANIFEST, Manifest, marks
 from data.manifest import verify_files as verify_corpus
 from ledger.progress import Progress
 from ledger.record import Ledger
+from marathon.choices import run_folder
 from marathon.places import ARRIVING, File, Place
 from marathon.stages import CHECKPOINTS, prepared_corpus
 from model.weights import file_sha256, list_checkpoints, read_manifest, verify_files
@@ -25,8 +28,6 @@ LIST, PARTIAL_LIST = "moved.json", ".moving.json"
 """Of all files that arrived, and of those that have so far."""
 LIST_EVERY_S = 5.0
 """A killed move sends again what it finished since the last list, and the file it was in."""
-TEXTS = ("metrics.jsonl", "config.yaml", "ledger.jsonl")
-"""They grow while a run goes on: sent as they are at the end, the ledger last."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,21 @@ class Pack:
     """corpora/KEY"""
     corpus_hash: str
     files: dict[str, File]
-    """All but `texts`."""
-    texts: dict[str, File] = field(default_factory=dict)
-    """Where they come from a pack, which says what they have to be."""
+    """Without those that grow while a run goes on, but where it comes from a pack."""
 
-    @property
-    def n_bytes(self) -> int:
-        """Of all `files`."""
-        return sum(file.n_bytes for file in self.files.values())
+    @classmethod
+    def of(cls, listed: bytes) -> "Pack":
+        """The pack that has this list."""
+        found = json.loads(listed)
+        return cls(**{**found, "files": {name: File(**entry) for name, entry in found["files"].items()}})
+
+    def write(self, target: Place, name: str, files: dict[str, File]) -> None:
+        """Writes the list of those files of it that have arrived."""
+        target.write(name, json.dumps(asdict(replace(self, files=files)), indent=1).encode())
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Of these files."""
+        return sum(self.files[name].n_bytes for name in names)
 
 
 def move(given: str, to: str) -> None:
@@ -71,23 +79,18 @@ def move(given: str, to: str) -> None:
         _require_known_history(ledger, _copy_ledger(target, run, Path(desk) / "theirs"), target, run)
         pack = _look_through(source, run) if source.is_local else _read_list(source, run)
         pack, arrived = _look_over_there(target, run, pack, Path(desk))
-        n_bytes = _send(source, target, run, pack, arrived)
+        sent = _send(source, target, run, pack, arrived)
         _hand_over(source, target, run, pack, Path(desk))
-    first = (
-        f"export MARATHON_SCRATCH={target.root}" if target.renames else f"marathon move {target} --to SCRATCH_FOLDER"
-    )
-    print(
-        f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, {n_bytes / 1e6:,.1f} MB of "
-        f"{pack.n_bytes / 1e6:,.1f} MB sent, the others were there\n"
-        f"over there, in a checkout of Marathon:\n  {first}\n"
-        f"  marathon run name={name} …      the other arguments as here, cluster.* and engine.* as you like"
-    )
+        print(
+            f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, "
+            f"{pack.n_bytes(sent) / 1e6:,.1f} MB of {pack.n_bytes(pack.files) / 1e6:,.1f} MB sent, the others were "
+            f"there\nto go on there, in a checkout of Marathon:\n{_next_line(target, ledger, name)}"
+        )
 
 
 def _find_run(given: str) -> tuple[Place, str]:
     if "://" not in given:
-        by_name = Path(os.environ.get("MARATHON_SCRATCH", "scratch")) / "runs" / given
-        given = os.path.abspath(given if os.path.isdir(given) and not by_name.is_dir() else by_name)
+        given = os.path.abspath(run_folder(given))
     root, found, name = given.rstrip("/").rpartition("/runs/")
     place = Place(root if found else given)
     there = [path.split("/")[1] for path in place.glob("runs/*/config.yaml")]
@@ -100,6 +103,20 @@ def _find_run(given: str) -> tuple[Place, str]:
             "marathon move RUN --to FOLDER_OR_URL",
         )
     return place, name
+
+
+def _next_line(target: Place, ledger: Ledger, name: str) -> str:
+    """What to type at the other place; the cluster there is another."""
+    if not target.renames:
+        return f'  marathon move {shlex.quote(str(target))} --to "${{MARATHON_SCRATCH:-scratch}}"'
+    given = ["experiment=…", f"name={name}"]
+    for record in ledger.read():
+        given = record.get("arguments", given)
+    kept = [argument for argument in given if not argument.startswith(("cluster=", "cluster."))]
+    return (
+        f"  export MARATHON_SCRATCH={shlex.quote(target.root)}\n  marathon run {shlex.join(kept)}\n"
+        "with Slurm, slurm/CLUSTER.sh stands in place of `marathon run`, and says how to submit"
+    )
 
 
 def _copy_ledger(place: Place, run: str, folder: Path) -> Ledger:
@@ -140,10 +157,9 @@ def _newest_whole(run_dir: Path) -> Path:
     for checkpoint in reversed(list_checkpoints(run_dir)):
         try:
             verify_files(checkpoint)
+            return checkpoint
         except UserError as error:
             print(f"not moved: {error}", flush=True)
-        else:
-            return checkpoint
     raise UserError(f"{run_dir} has no whole checkpoint", "a run goes on from one", "train it there from the beginning")
 
 
@@ -156,28 +172,27 @@ def _read_list(source: Place, run: str) -> Pack:
             "a pack is complete when its list is",
             "give the command that made the pack once more: it goes on where it stopped",
         )
-    found = json.loads(content)
-    files = {name: File(**entry) for name, entry in found["files"].items()}
-    sizes = source.sizes(run) | source.sizes(found["corpus"])
-    for name, file in files.items():
+    pack = Pack.of(content)
+    sizes = source.sizes(run) | source.sizes(pack.corpus)
+    for name, file in pack.files.items():
         if sizes.get(name) != file.n_bytes:
             raise UserError(
                 f"{source}/{name} has {sizes.get(name, 'no')} bytes, the list says {file.n_bytes}",
                 "a pack is taken as it was made",
                 "make it again; or, if the run went on there, give `marathon move` on that machine",
             )
-    texts = {name: files.pop(name) for name in [f"{run}/{text}" for text in TEXTS] if name in files}
-    return Pack(found["checkpoint"], found["corpus"], found["corpus_hash"], files, texts)
+    return pack
 
 
 def _look_over_there(target: Place, run: str, pack: Pack, desk: Path) -> tuple[Pack, dict[str, File]]:
     """The pack with the corpus as it stands at the target, if it does, and all files that need not be sent."""
     sizes = target.sizes(run) | target.sizes(pack.corpus)
+    corpus = f"{pack.corpus}/"
     arrived: dict[str, File] = {}
     for name in (LIST, PARTIAL_LIST):
         if content := target.read(f"{run}/{name}"):
-            arrived |= {path: File(**entry) for path, entry in json.loads(content)["files"].items()}
-    if (content := target.read(f"{pack.corpus}/{MANIFEST}")) is not None:
+            arrived |= Pack.of(content).files
+    if (content := target.read(corpus + MANIFEST)) is not None:
         (desk / MANIFEST).write_bytes(content)
         manifest = Manifest.load(desk)
         if manifest.corpus_hash != pack.corpus_hash:
@@ -187,84 +202,71 @@ def _look_over_there(target: Place, run: str, pack: Pack, desk: Path) -> tuple[P
                 "give that folder another name, or move to another scratch folder",
             )
         # Prepared there or brought by another run, it is what its own manifest says; sidecars may differ from ours.
-        theirs = {
-            f"{pack.corpus}/{n}": File(sizes.get(f"{pack.corpus}/{n}", -1), h) for n, h in manifest.hashes.items()
-        }
+        theirs = {corpus + name: File(sizes.get(corpus + name, -1), h) for name, h in manifest.hashes.items()}
         ours = {name: file for name, file in pack.files.items() if theirs.get(name, file).sha256 == file.sha256}
         if all(file.n_bytes >= 0 and ours.get(name, file) == file for name, file in theirs.items()):
-            theirs[f"{pack.corpus}/{MANIFEST}"] = File.of(content)
-            rest = {name: file for name, file in pack.files.items() if not name.startswith(f"{pack.corpus}/")}
+            theirs[corpus + MANIFEST] = File.of(content)
+            rest = {name: file for name, file in pack.files.items() if not name.startswith(corpus)}
             pack, arrived = replace(pack, files=theirs | rest), arrived | theirs
     return pack, {path: file for path, file in arrived.items() if sizes.get(path) == file.n_bytes}
 
 
-def _send(source: Place, target: Place, run: str, pack: Pack, arrived: dict[str, File]) -> int:
-    """Sends what has not arrived and returns how many bytes that was; `arrived` counts up."""
-    paths = _paths_over_there(target, pack, arrived)
-    missing = [name for name, file in pack.files.items() if arrived.get(paths[name]) != file]
+def _send(source: Place, target: Place, run: str, pack: Pack, arrived: dict[str, File]) -> list[str]:
+    """Sends what has not arrived, but for `_texts`, and returns the names of that; `arrived` counts up."""
+    checkpoints, step = f"{run}/{CHECKPOINTS}", f"{pack.checkpoint}/"
+    # A folder named step-… counts as a checkpoint, so it gets that name when it is whole.
+    is_hidden = target.renames and any(arrived.get(n) != f for n, f in pack.files.items() if n.startswith(step))
+    hidden = f"{checkpoints}/{ARRIVING}{Path(step).name}/" if is_hidden else step
+    paths = {name: name.replace(step, hidden) for name in pack.files if name not in _texts(run)}
+    missing = [name for name, path in paths.items() if arrived.get(path) != pack.files[name]]
     if source.is_local:
         shards = [name.removeprefix(f"{pack.corpus}/") for name in missing if name.startswith(f"{pack.corpus}/")]
         verify_corpus(Path(source.path(pack.corpus)), [name for name in shards if name != MANIFEST])
-    hidden = {path.rpartition("/")[0] for name, path in paths.items() if path != name}
-    there = {path.rpartition("/")[0] for path in target.sizes(f"{run}/{CHECKPOINTS}")}
-    for folder in there - hidden:
+    for folder in {path.rpartition("/")[0] for path in target.sizes(checkpoints)} - {hidden.rstrip("/")}:
         if Path(folder).name.startswith(ARRIVING):  # of an older checkpoint, by a move that was killed
             target.remove(folder)
-    _write_list(target, f"{run}/{PARTIAL_LIST}", arrived)
+    pack.write(target, f"{run}/{PARTIAL_LIST}", arrived)
     target.remove(f"{run}/{LIST}")
     next_list_s = time.monotonic() + LIST_EVERY_S
-    with Progress("moving", "MB", sum(pack.files[name].n_bytes for name in missing) // 10**6) as progress:
+    with Progress("moving", "MB", pack.n_bytes(missing) // 10**6) as progress:
         for name in missing:
-            file = pack.files[name]
-            target.take(paths[name], file, source, name)
-            arrived[paths[name]] = file
-            progress.advance(file.n_bytes // 10**6)
+            target.take(paths[name], pack.files[name], source, name)
+            arrived[paths[name]] = pack.files[name]
+            progress.advance(pack.files[name].n_bytes // 10**6)
             if time.monotonic() >= next_list_s:
-                _write_list(target, f"{run}/{PARTIAL_LIST}", arrived)
+                pack.write(target, f"{run}/{PARTIAL_LIST}", arrived)
                 next_list_s = time.monotonic() + LIST_EVERY_S
-    if hidden:
-        target.rename(hidden.pop(), pack.checkpoint)
-    return sum(pack.files[name].n_bytes for name in missing)
-
-
-def _paths_over_there(target: Place, pack: Pack, arrived: dict[str, File]) -> dict[str, str]:
-    """Where each file is sent. A folder named step-… counts as a checkpoint, so it gets that name when it is whole."""
-    paths = {name: name for name in pack.files}
-    step = [name for name in pack.files if name.startswith(f"{pack.checkpoint}/")]
-    if target.renames and any(arrived.get(name) != pack.files[name] for name in step):
-        folder, _, last = pack.checkpoint.rpartition("/")
-        paths |= {name: name.replace(pack.checkpoint, f"{folder}/{ARRIVING}{last}") for name in step}
-    return paths
+    if is_hidden:
+        target.rename(hidden.rstrip("/"), pack.checkpoint)
+    return missing
 
 
 def _hand_over(source: Place, target: Place, run: str, pack: Pack, desk: Path) -> None:
     """Tells both ledgers of the hop, and sends what makes the folder over there a run."""
+    ledger, files = Ledger(desk), dict(pack.files)
     if source.is_local:
-        facts = {"to": str(target), "checkpoint": Path(pack.checkpoint).name}
-        Ledger(Path(source.path(run))).append("moved", **facts, files=len(pack.files), bytes=pack.n_bytes)
-    files = dict(pack.files)
-    for text in TEXTS:
-        name = f"{run}/{text}"
+        facts = {"to": str(target), "checkpoint": Path(pack.checkpoint).name, "files": len(files)}
+        Ledger(Path(source.path(run))).append("moved", **facts, bytes=pack.n_bytes(files))
+    for name in _texts(run):
         if (content := source.read(name)) is None:
             continue
-        if pack.texts.get(name, file := File.of(content)) != file:
+        if files.get(name, file := File.of(content)) != file:
             raise UserError(
                 f"{source}/{name} is not what the list says", "a pack is taken as it was made", "make it again"
             )
-        if text == Ledger(desk).path.name:
-            Ledger(desk).path.write_bytes(content)
-            Ledger(desk).append("arrived", **{"from": str(source)}, at=str(target), host=target.host)
-            content = Ledger(desk).path.read_bytes()
+        if Path(name).name == ledger.path.name:
+            ledger.path.write_bytes(content)
+            ledger.append("arrived", **{"from": str(source)}, at=str(target), host=target.host)
+            content = ledger.path.read_bytes()
         target.write(name, content)
         files[name] = File.of(content)
-    facts = {"checkpoint": pack.checkpoint, "corpus": pack.corpus, "corpus_hash": pack.corpus_hash}
-    _write_list(target, f"{run}/{LIST}", files, **facts)
+    pack.write(target, f"{run}/{LIST}", files)
     target.remove(f"{run}/{PARTIAL_LIST}")
 
 
-def _write_list(target: Place, name: str, files: dict[str, File], **facts: str) -> None:
-    content = {**facts, "files": {path: asdict(file) for path, file in files.items()}}
-    target.write(name, json.dumps(content, indent=1).encode())
+def _texts(run: str) -> list[str]:
+    """What grows while a run goes on: sent as it is at the end, the ledger last."""
+    return [f"{run}/{name}" for name in ("metrics.jsonl", "config.yaml", "ledger.jsonl")]
 
 
 def _file(path: Path, sha256: str = "") -> File:

@@ -1,31 +1,29 @@
 """What a check of this machine comes to."""
 
 import os
-from typing import Literal
-
-Status = Literal["pass", "warn", "fail", "skip"]
-Outcome = tuple[Status, str, str]
-"""Status, what was found, how to mend it."""
+from functools import partial
+from typing import Literal, NamedTuple
 
 
-def passed(found: str) -> Outcome:
-    """Nothing to mend."""
-    return "pass", found, ""
+class Outcome(NamedTuple):
+    """Whether it passed, what was found, and how to mend it, empty where there is nothing to mend."""
+
+    status: Literal["pass", "warn", "fail", "skip"]
+    found: str
+    repair: str = ""
 
 
-def warned(found: str, repair: str) -> Outcome:
-    """A run can start and will be slower or more fragile than it has to be."""
-    return "warn", found, repair
-
-
-def failed(found: str, repair: str) -> Outcome:
-    """A run started here will fail or compute wrongly."""
-    return "fail", found, repair
+passed = partial(Outcome, "pass")
+"""Nothing to mend."""
+warned = partial(Outcome, "warn")
+"""A run can start and will be slower or more fragile than it has to be."""
+failed = partial(Outcome, "fail")
+"""A run started here will fail or compute wrongly."""
 
 
 def does_not_apply(why: str) -> Outcome:
     """There is nothing here to look at."""
-    return "skip", f"not applicable: {why}", ""
+    return Outcome("skip", f"not applicable: {why}")
 
 
 def in_job() -> bool:

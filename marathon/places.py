@@ -4,6 +4,7 @@ fsspec speaks to them. Credentials and keys come from where ssh and S3 keep them
 password. What a file system, a network or a server has against something is told in one message.
 """
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -13,10 +14,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+import yaml
 
 from configs.errors import UserError
 
@@ -46,16 +49,17 @@ class Place:
 
     def __init__(self, given: str) -> None:
         scheme = given.partition("://")[0] if "://" in given else "file"
-        if "://" not in given and ":" in given.partition("/")[0]:
-            raise UserError(
-                given, "a place is a folder or a URL", "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER"
-            )
+        package = _require_known(given, scheme)
         self.is_local, self.renames = scheme in ("file", "local"), scheme not in OBJECT_STORES
         parts = urlsplit(given if "://" in given else "")
         self.host = platform.node() if self.is_local else parts.netloc.rpartition("@")[2]
         self._told = f"{scheme}://{self.host}{parts.path}".rstrip("/")
+        # Of a connection that breaks it would say a hundred times what we say once.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
+        # sshfs would take any host for the right one; with this, ssh's known_hosts decide.
+        options: dict[str, Any] = {"known_hosts": (), "connect_timeout": 60} if package == "sshfs" else {}
         with self._answers():
-            self.fs, root = _connect(given, PACKAGES.get(scheme))
+            self.fs, root = fsspec.core.url_to_fs(given, **options)
         self.root: str = root.rstrip("/")
         if self.is_local:
             self._told = f"{self.host}:{self.root}"
@@ -80,12 +84,10 @@ class Place:
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, None where it is not there."""
-        with self._answers(name):
-            try:
-                content: bytes = self.fs.cat_file(self.path(name))
-            except FileNotFoundError:
-                return None
-        return content
+        with self._answers(name), suppress(FileNotFoundError):
+            content: bytes = self.fs.cat_file(self.path(name))
+            return content
+        return None
 
     def take(self, name: str, file: File, source: "Place", source_name: str) -> None:
         """Copies a file from another place, one of the two being on this machine."""
@@ -125,7 +127,13 @@ class Place:
                 if self.renames:
                     self.fs.makedirs(self.path(folder), exist_ok=True)
                 fill(self.path(beside))
-                self._require(name, file, self._look_at(beside))
+                if (found := self._look_at(beside)) != file:
+                    raise UserError(
+                        f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…, "
+                        f"it has to have {file.n_bytes:,} and {file.sha256[:16]}…",
+                        "a file gets its name only when it is what was sent",
+                        "the same command again; if it says so again, the file is damaged where it comes from",
+                    )
                 if beside != name:
                     self.fs.mv(self.path(beside), self.path(name))
         except UserError:
@@ -133,59 +141,54 @@ class Place:
                 self.remove(beside)
             raise
 
-    def _require(self, name: str, file: File, found: File) -> None:
-        if found != file:
-            raise UserError(
-                f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…, "
-                f"it has to have {file.n_bytes:,} and {file.sha256[:16]}…",
-                "a file gets its name only when it is what was sent",
-                "the same command again; if it says so again, the file has changed or is damaged where it comes from",
-            )
-
     def _look_at(self, name: str) -> File:
-        """Reads a file back."""
+        """Reads a file back; here it is forced to disk too, since a list must not outlive what it lists."""
         digest, n_bytes = hashlib.sha256(), 0
         with self.fs.open(self.path(name), "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 n_bytes += len(chunk)
-        if self.is_local:
-            _flush(self.path(name))
+            if self.is_local:
+                os.fsync(file.fileno())
         return File(n_bytes, digest.hexdigest())
 
     @contextmanager
     def _answers(self, name: str = "") -> Iterator[None]:
-        """Every backend has exceptions of its own; here they mean that the place refuses, whatever the reason."""
+        """Every backend has exceptions of its own; places.yaml says what they mean."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
             said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"{self}{'/' if name else ''}{name}: {said}",
-                "a run moves to and from a folder, s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows, "
-                "which answers, has space and lets you write",
-                "see to that, then the same command: it goes on where it stopped",
-            ) from error
+            raise UserError(f"{self}{'/' if name else ''}{name}: {said}", *_meaning(error)) from error
 
 
-def _connect(given: str, package: str | None) -> tuple[Any, str]:
-    if package and importlib.util.find_spec(package) is None:
+def _require_known(given: str, scheme: str) -> str | None:
+    """The package that speaks a scheme, where it is not fsspec itself; raises `UserError` where nothing does."""
+    if "://" not in given and ":" in given.partition("/")[0]:
+        raise UserError(given, "a place is a folder or a URL", "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER")
+    if scheme not in fsspec.available_protocols():
         raise UserError(
-            f"{package} is not installed",
-            f"{given.partition('://')[0]}:// is spoken by that package",
-            f"pip install {package}",
+            f"{scheme}:// is not known",
+            "a run moves to and from a folder, s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows",
+            "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER",
         )
-    # Of a connection that breaks it would say a hundred times what we say once.
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    # sshfs would take any host for the right one; with this, ssh's known_hosts decide.
-    options: dict[str, Any] = {"known_hosts": ()} if package == "sshfs" else {}
-    return fsspec.core.url_to_fs(given, **options)
+    package = PACKAGES.get(scheme)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed", f"it speaks {scheme}://", f"pip install {package}")
+    return package
 
 
-def _flush(path: str) -> None:
-    """Forces a file to disk: the list must not outlive what it lists."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def _meaning(error: BaseException) -> tuple[str, str]:
+    """Rule and repair for what a file system, a network or a server says."""
+    names: set[str] = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        names |= {kind.__name__ for kind in type(cause).__mro__}
+        names.add(errno.errorcode.get(getattr(cause, "errno", None) or 0, ""))
+        cause = cause.__cause__ or cause.__context__
+    for entry in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")):
+        if names & set(entry["of"]):
+            return entry["rule"], entry["repair"]
+    return "a place answers, has space and lets you read and write", "see to that, then the same command goes on"

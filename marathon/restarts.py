@@ -1,11 +1,10 @@
 """A stage that is started again and again and gets no further is stopped, instead of burning node-hours."""
 
-import json
 import os
 from pathlib import Path
 
 from configs.errors import UserError
-from ledger.record import Ledger
+from ledger.record import Ledger, json_lines
 
 MAX_STARTS_WITHOUT_PROGRESS = 2
 
@@ -38,20 +37,9 @@ def _reached(stage: str, run_dir: Path) -> str:
     if stage == "train":
         # After a spike a run may save for a while below the furthest step.
         saved = max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="nothing")
-        return f"step {_furthest_step(run_dir / 'metrics.jsonl')}, {saved} saved"
+        # A start that repeats steps since the last checkpoint is no progress yet.
+        furthest = max((record.get("step") or 0 for record in json_lines(run_dir / "metrics.jsonl")), default=0)
+        return f"step {furthest}, {saved} saved"
     if stage == "eval":
         return f"{sum(1 for _ in Ledger(run_dir).read('evaluation'))} evaluations"
     return "its beginning"
-
-
-def _furthest_step(metrics: Path) -> int:
-    """The largest step of any line: a start that repeats steps since the last checkpoint is no progress yet."""
-    furthest = 0
-    if metrics.exists():
-        with metrics.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    furthest = max(furthest, json.loads(line)["step"])
-                except (ValueError, KeyError, TypeError):  # the last line of a killed process
-                    continue
-    return furthest

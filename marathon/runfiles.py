@@ -4,36 +4,36 @@ A line torn by a kill is passed over. Lines of a course that was given up at a r
 an earlier step than the last one takes the place of all that came after it.
 """
 
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.compose import load
 from configs.errors import UserError
 from configs.schema import RunConfig
-from ledger.record import Ledger
+from eval.results import read_results
+from ledger.record import Ledger, json_lines
+from marathon.choices import run_names
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
 class RunFiles:
-    """What the folder of one run says."""
+    """What the folder of one run says; raises `UserError` where there is no such folder."""
 
-    run_dir: Path
-    config: RunConfig | None
-    config_gap: str
-    """Why there is no config, where there is none."""
-    train: list[Record]
-    """Training lines of metrics.jsonl by step."""
-    valid: list[Record]
-    """Validation lines of metrics.jsonl by step."""
-    evaluations: list[Record]
-    """Contents of eval/*.json by step."""
-    ledger: list[Record]
-    """All records in the order they were written."""
+    def __init__(self, run_dir: Path) -> None:
+        if not run_dir.is_dir():
+            there = ", ".join(run_names(run_dir.parent)) or "none"
+            found = f"{run_dir} is no folder; runs there: {there}"
+            raise UserError(found, "a report is made of a run", "give its name or its folder")
+        self.config, self.config_gap = _config(run_dir / "config.yaml")
+        """Of the two one: the reason why there is no config, or the config."""
+        self.name = self.config.name if self.config else run_dir.resolve().name
+        metrics = _metrics(run_dir / "metrics.jsonl")
+        self.train = [record for record in metrics if record["kind"] == "train"]
+        self.valid = [record for record in metrics if record["kind"] == "valid"]
+        self.evaluations = read_results(run_dir)
+        self.ledger = list(Ledger(run_dir).read())
 
     def events(self, name: str) -> list[Record]:
         """Ledger records of one event."""
@@ -48,6 +48,16 @@ class RunFiles:
         return next((record[key] for record in reversed(self.ledger) if key in record), None)
 
     @property
+    def settled(self) -> Record:
+        """What the last freezing, change and start of training found, the later before the earlier."""
+        return self.last("frozen") | self.last("changed") | self.last("train_start")
+
+    @property
+    def checkpoints(self) -> list[Record]:
+        """The newest record of each checkpoint."""
+        return list({record["name"]: record for record in self.events("checkpoint")}.values())
+
+    @property
     def planned(self) -> dict[str, Record]:
         """Rows of the newest planned mixture by language."""
         return {row["language"]: row for row in self.last("mixture").get("rows", [])}
@@ -59,45 +69,25 @@ class RunFiles:
         return sorted(found.union(*(record["bpb"] for record in (*self.valid, *self.evaluations))))
 
 
-def read_run(run_dir: Path) -> RunFiles:
-    """Reads a run's folder; raises `UserError` where there is no such folder."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no folder", "a report is made of a run's folder", "give SCRATCH/runs/NAME")
-    config, config_gap = None, "config.yaml is not there"
-    if (run_dir / "config.yaml").is_file():
-        try:
-            config = load(run_dir / "config.yaml")
-        except UserError as error:
-            config_gap = f"config.yaml does not fit this version: {error.found}"
-    metrics = _metrics(run_dir / "metrics.jsonl")
-    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / "eval").glob("*.json")]
-    return RunFiles(
-        run_dir=run_dir,
-        config=config,
-        config_gap=config_gap,
-        train=[record for record in metrics if record["kind"] == "train"],
-        valid=[record for record in metrics if record["kind"] == "valid"],
-        evaluations=sorted(evaluations, key=lambda record: record["step"]),
-        ledger=list(Ledger(run_dir).read()),
-    )
-
-
-def number(record: Record, key: str) -> float | None:
-    """A number of a record; None where it has none under this key, NaN where it was written as null."""
-    # JSON has no NaN: the trainer writes null for a number that was not finite.
-    value = record.get(key, "")
-    return math.nan if value is None else value if isinstance(value, int | float) else None
+def _config(path: Path) -> tuple[RunConfig | None, str]:
+    if not path.is_file():
+        return None, "config.yaml is not there"
+    try:
+        return load(path), ""
+    except UserError as error:
+        return None, f"config.yaml does not fit this version: {error.found}"
 
 
 def _metrics(path: Path) -> list[Record]:
     """Metric lines by step, without those that a restart from an earlier step has made void."""
     kept: dict[tuple[int, str], Record] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in json_lines(path, object_hook=_with_nan):
         while kept and next(reversed(kept))[0] > record["step"]:
             kept.popitem()
         kept[record["step"], record["kind"]] = record
     return list(kept.values())
+
+
+def _with_nan(record: Record) -> Record:
+    """JSON has no NaN: the trainer writes null for a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in record.items()}

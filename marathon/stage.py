@@ -12,11 +12,13 @@ import traceback
 from pathlib import Path
 
 from configs.compose import load
-from configs.errors import EXIT_MISTAKE, UserError
+from configs.errors import EXIT_MISTAKE, EXIT_UNFINISHED, UserError
 from configs.schema import RunConfig
+from data.files import write_whole
 from ledger.record import Ledger
+from marathon.choices import commands
 from marathon.restarts import note_start
-from marathon.stages import STAGES, inputs_of, is_done, mark_done, prepared_corpus
+from marathon.stages import inputs_of, is_done, mark_done, prepared_corpus
 
 DISK_TROUBLE = {
     errno.ENOSPC: "make room on the disk",
@@ -38,32 +40,30 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{stage}: complete, skipped", flush=True)
             return 0
         if is_first:
-            print(f"{stage}: {STAGES[stage].help}", flush=True)
+            print(f"{stage}: {commands()[stage]['line']}", flush=True)
             note_start(stage, run_dir)
         status = RUN_STAGE[stage](cfg, run_dir)
         if status == 0 and is_first:
             mark_done(stage, inputs, run_dir, OUTPUTS[stage](cfg, run_dir))
         if is_first:
             _write_report(run_dir)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        mistake = error if isinstance(error, UserError) else _disk_trouble(error, run_dir)
         # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
-        told = f"error in {stage}: {error}" if is_first else f"[rank {_rank()}] {error.found}"
+        told = f"error in {stage}: {mistake}" if is_first else f"[rank {_rank()}] {mistake.found}"
         print(told, file=sys.stderr, flush=True)
-        return EXIT_MISTAKE
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
-        print(f"error in {stage}: {_disk_trouble(error, run_dir)}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
     return status
 
 
 def _disk_trouble(error: OSError, run_dir: Path) -> UserError:
-    where = error.filename or run_dir
+    """What a person can mend; any other failure is raised again."""
+    if error.errno not in DISK_TROUBLE:
+        raise error
     return UserError(
-        f"{where}: {error.strerror}",
+        f"{error.filename or run_dir}: {error.strerror}",
         f"a run writes under {run_dir}; what it has saved is whole",
-        DISK_TROUBLE[error.errno or 0] + ", then start the same line again",
+        DISK_TROUBLE[error.errno] + ", then start the same line again",
     )
 
 
@@ -73,6 +73,8 @@ def run_data(cfg: RunConfig, run_dir: Path) -> int:
     from data.pipeline import prepare
 
     corpus_dir = prepare(cfg)
+    if corpus_dir is None:
+        return EXIT_UNFINISHED
     Ledger(run_dir).append("corpus", path=str(corpus_dir), **Manifest.load(corpus_dir).facts())
     return 0
 
@@ -91,13 +93,9 @@ def run_eval(cfg: RunConfig, run_dir: Path) -> int:
     from eval.run import evaluate
 
     corpus = prepared_corpus(run_dir)
-    evaluate(
-        cfg,
-        run_dir,
-        documents=ValidDocuments(Path(corpus["path"])).read_all(),
-        tokenizer_dir=Path(corpus["path"]) / "tokenizer",
-        corpus_hash=corpus["corpus_hash"],
-    )
+    folder, corpus_hash = Path(corpus["path"]), corpus["corpus_hash"]
+    documents = ValidDocuments(folder).read_all()
+    evaluate(cfg, run_dir, documents=documents, tokenizer_dir=folder / "tokenizer", corpus_hash=corpus_hash)
     return 0
 
 
@@ -136,9 +134,7 @@ def _tell_rank(run_dir: Path) -> None:
         "cpu_bind_list": os.environ.get("SLURM_CPU_BIND_LIST"),
         "cores": sorted(os.sched_getaffinity(0)),
     }
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    (logs / f"rank-{facts['rank']}.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    write_whole(run_dir / "logs" / f"rank-{facts['rank']}.json", json.dumps(facts) + "\n")
 
 
 def _write_report(run_dir: Path) -> None:

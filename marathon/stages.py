@@ -6,37 +6,18 @@ So a changed corpus, suite or checkpoint runs it again, and nothing else does. L
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.compose import config_hash, settings_hash
+from configs.enums import Packing
 from configs.errors import UserError
 from configs.schema import RunConfig
 from ledger.record import Ledger
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of the steps from text to release."""
-
-    name: str
-    on_all_devices: bool
-    """One process a device, or one in all."""
-    help: str
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("data", False, "text to tokenizer, shards and manifest"),
-        Stage("train", True, "train, validate, write checkpoints"),
-        Stage("eval", True, "ask every checkpoint: bits per byte, tasks"),
-        Stage("release", False, "export the last checkpoint as a Hugging Face folder and verify it"),
-    )
-}
+ON_ALL_DEVICES = {"train", "eval"}
+"""Stages of one process a device; the others are one process in all."""
 
 
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -97,26 +78,23 @@ def prepared_corpus(run_dir: Path) -> dict[str, Any]:
 
 def moved_to(run_dir: Path) -> str | None:
     """Where the run has been moved to, if it has not gone on here since; None otherwise."""
-    newest = None
-    for record in Ledger(run_dir).read():
-        if record["event"] in ("moved", "arrived", "train_start"):
-            newest = record
-    return newest["to"] if newest and newest["event"] == "moved" else None
+    hops = [r for r in Ledger(run_dir).read() if r["event"] in ("moved", "arrived", "train_start")]
+    return hops[-1]["to"] if hops and hops[-1]["event"] == "moved" else None
 
 
 def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
     from data.pipeline import corpus_key
 
     try:
-        return {"corpus_key": corpus_key(cfg)}
+        packing = f"fit-{cfg.train.seq_len}" if cfg.mixture.packing is Packing.best_fit else "concat"
+        return {"corpus_key": corpus_key(cfg), "packing": packing}
     except UserError:
         # The sources may have stayed on another machine. A run with checkpoints keeps the settings of its corpus, so
         # what was prepared from them still is what is asked for.
         record = Ledger(run_dir).last("stage", stage="data")
         if record is None or not _manifests(run_dir) or not is_done("data", record["inputs"], run_dir):
             raise
-        inputs: dict[str, Any] = record["inputs"]
-        return inputs
+        return record["inputs"]
 
 
 def _manifests(run_dir: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -27,27 +26,17 @@ def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Pa
     dtype = torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32
     state = {name: tensor.to(dtype) for name, tensor in to_their_state(decoder.state_dict()).items()}
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     config = to_their_config(
         cfg.model,
         vocab_rows=decoder.embedding.weight.shape[0],
         seq_len=cfg.train.seq_len,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
+        **ids,
         dtype=str(dtype).removeprefix("torch."),
     )
-    _write_json(folder / "config.json", config)
     # Written out, since what transformers derives by itself is marked as such and then changes with its version.
-    generation = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-    }
-    _write_json(folder / "generation_config.json", generation)
+    generation = {name.replace("_", "_token_"): id_ for name, id_ in ids.items()} | {"do_sample": False}
+    for name, content in {"config": config, "generation_config": generation}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(corpus_dir / "tokenizer" / name, folder / name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

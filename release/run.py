@@ -11,7 +11,6 @@ from configs.enums import Precision
 from configs.schema import RunConfig
 from data.heldout import ValidDocuments
 from ledger.record import Ledger
-from model.decoder import Decoder
 from model.weights import file_sha256, list_checkpoints, load_decoder, verify_files
 from release.card import write_card
 from release.export import export_folder
@@ -24,43 +23,33 @@ def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
     """Leaves RUN/release, a verified Hugging Face folder; an older one goes only when the new one is whole."""
     checkpoint = list_checkpoints(run_dir)[-1]
     verify_files(checkpoint)
-    decoder, sha256 = load_decoder(checkpoint, cfg)
+    decoder, checkpoint_sha256 = load_decoder(checkpoint, cfg)
     beside = run_dir / ".release-in-progress"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     export_folder(decoder, cfg, corpus_dir, beside)
-    write_card(cfg, run_dir, sha256, beside)
+    write_card(cfg, run_dir, checkpoint_sha256, beside)
     with tempfile.TemporaryDirectory() as expected:
-        expect(_as_exported(decoder, cfg), _prompts(corpus_dir), cfg.train.seq_len, Path(expected))
+        if cfg.engine.precision is Precision.bf16:
+            decoder.bfloat16().float()  # rounded as the export is, in fp32
+        expect(decoder, _prompts(corpus_dir), cfg.train.seq_len, Path(expected))
         figures = verify_in_fresh_process(beside, Path(expected))
     (beside / "verified.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    sums = [f"{file_sha256(path)}  {path.name}" for path in sorted(beside.iterdir())]
-    (beside / "SHA256SUMS").write_text("\n".join(sums) + "\n", encoding="utf-8")
+    sums = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+    (beside / "SHA256SUMS").write_text(lines, encoding="utf-8")
     final = run_dir / "release"
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
-    weights = {path.name: file_sha256(path) for path in sorted(final.glob("*.safetensors"))}
-    Ledger(run_dir).append(
-        "release",
-        path=str(final),
-        checkpoint=checkpoint.name,
-        checkpoint_sha256=sha256,
-        weights=weights,
-        verified=figures,
-    )
+    weights = {name: sha256 for name, sha256 in sums.items() if name.endswith(".safetensors")}
+    facts = {"path": str(final), "checkpoint": checkpoint.name, "checkpoint_sha256": checkpoint_sha256}
+    Ledger(run_dir).append("release", **facts, weights=weights, verified=figures)
     print(
         f"released {checkpoint.name} as {final}\n"
         f"verified in a fresh process: {figures['prompts']} prompts, token ids equal, greedy continuations equal, "
         f"logits within {figures['max_logit_difference']:.1e}",
         flush=True,
     )
-
-
-def _as_exported(decoder: Decoder, cfg: RunConfig) -> Decoder:
-    """The decoder with the rounding of the export, in fp32."""
-    if cfg.engine.precision is Precision.bf16:
-        decoder.bfloat16().float()
-    return decoder
 
 
 def _prompts(corpus_dir: Path) -> list[tuple[str, list[int]]]:

@@ -22,7 +22,17 @@ def test_files_and_functions_stay_small(path):
 
 
 def test_the_product_stays_small():
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in PRODUCT) < 10_000
+    """Lines of code: what explains them, docstrings, comments and blank lines, is not to be saved on."""
+    assert sum(map(_lines_of_code, PRODUCT)) < 10_000
+
+
+def _lines_of_code(path):
+    text, told = path.read_text(encoding="utf-8"), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            told |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for n, line in lines if n not in told and line.strip() and not line.strip().startswith("#"))
 
 
 def test_no_module_bears_a_name_that_says_nothing_or_shadows_a_room():
@@ -46,7 +56,8 @@ def test_every_setting_has_its_meaning_beneath():
 
 def test_every_setting_is_read_somewhere():
     """A field counts as read where `.name` stands outside the schema, or in a property of it."""
-    elsewhere = "\n".join(p.read_text(encoding="utf-8") for p in PRODUCT if p not in SCHEMA)
+    templates = [path for room in ROOMS for path in (ROOT / room).rglob("*.j2")]
+    elsewhere = "\n".join(p.read_text(encoding="utf-8") for p in (*PRODUCT, *templates) if p not in SCHEMA)
     properties = "\n".join(
         ast.unparse(node)
         for node in ast.walk(ast.parse(SETTINGS))

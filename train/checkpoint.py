@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from train.engine import Engine
 from train.progress import Progress
 from train.retention import remove
 
-FORMAT = 2
+FORMAT = 3
 WAIT_FOR_ENTRIES_S = 60
 """For the small files of other nodes to be seen here: network file systems may show them late."""
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -157,8 +158,11 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length or seed."""
+def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora: Collection[str] = ()) -> None:
+    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length or seed.
+
+    `earlier_corpora` are hashes that this corpus had before documents were taken out of it.
+    """
     manifest = read_manifest(checkpoint)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -167,7 +171,10 @@ def require_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
             "go on with the version that wrote it, which the ledger names, or begin a new run with name=…",
         )
     for key, now in identity.items():
-        if (then := manifest[key]) != now:
+        then = manifest[key]
+        if key == "corpus_hash" and then in earlier_corpora:
+            continue
+        if then != now:
             raise UserError(
                 f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}",
                 "a run keeps corpus, tokenizer, sequence length and seed: they make its order of samples",

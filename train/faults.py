@@ -13,9 +13,6 @@ from typing import IO
 from configs.errors import UserError
 from configs.schema import FaultConfig
 
-EXIT_SAVED = 75
-"""Exit status of a run that was asked to stop, saved, and can go on (EX_TEMPFAIL of sysexits.h)."""
-
 JOB_ENDS_AT = "MARATHON_JOB_ENDS_AT"
 """Seconds since the epoch at which the machine ends this job; job scripts set it."""
 MARGIN_S = 30.0

@@ -18,7 +18,7 @@ import torch
 from configs.schema import RunConfig
 from data.heldout import ValidDocument
 from data.loader import Batch, Samples, batches
-from data.order import OrderHash
+from data.order import OrderHash, by_language, by_source, unskipped
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger.record import Ledger
 from train.batch import StepShape
@@ -109,6 +109,8 @@ def _stretch(job: Job) -> End:
         job.saver.advance(*map(int, votes))
         loss = nats / labels
         last, stop = progress.step == cfg.steps, n_leaving > 0
+        if _begins_phase(progress, job.shape.seqs_per_step):
+            progress.losses = []  # with other text the loss is another, which is no spike
         if not applied:
             _note_skipped_step(job, grad_norm)
         elif is_spike(loss, progress.losses, job.cfg.faults):
@@ -143,19 +145,21 @@ class Consumed:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.here = OrderHash(len(job.samples.languages))
+        self.here = OrderHash(len(job.samples.parts))
         self.before = job.progress.order_state or [0] * len(self.here.state)
 
     def add(self, batch: Batch) -> None:
         """Counts a micro batch in."""
-        self.here.add(batch["position"], batch["sample_id"], batch["language"], self.job.cfg.train.seq_len)
+        self.here.add(batch["position"], batch["sample_id"], batch["part"], self.job.cfg.train.seq_len)
 
     def sum_over_ranks(self) -> None:
         """Brings `job.progress` up to date; collective, so only when it is told or saved."""
-        progress, total = self.job.progress, OrderHash(len(self.job.samples.languages))
+        progress, total = self.job.progress, OrderHash(len(self.job.samples.parts))
         total.state += np.array(self.before) + np.array(self.job.rank.sum_integers(self.here.state.tolist()))
         progress.order_state, progress.order_hash = total.state.tolist(), total.hex
-        progress.consumed = dict(zip(self.job.samples.languages, progress.order_state[2:], strict=True))
+        progress.consumed_by_part = dict(zip(self.job.samples.parts, progress.order_state[2:], strict=True))
+        progress.consumed = by_language(progress.consumed_by_part)
+        progress.consumed_by_source = by_source(progress.consumed_by_part)
 
 
 class Window:
@@ -243,9 +247,17 @@ def _validate(job: Job) -> None:
         bpb={lang: entry.bpb for lang, entry in by_lang.items()},
         bpb_mean=mean_bpb(by_lang),
         consumed=job.progress.consumed,
+        consumed_by_source=job.progress.consumed_by_source,
+        consumed_by_part=job.progress.consumed_by_part,
     )
     job.clock.took("validation", time.monotonic() - began_s)
     job.watchdog.alive()
+
+
+def _begins_phase(progress: Progress, seqs_per_step: int) -> bool:
+    """Whether the step that was just done has drawn the first samples of a later phase."""
+    first, last = unskipped([(progress.step - 1) * seqs_per_step, progress.step * seqs_per_step - 1], progress.skipped)
+    return any(first <= phase.from_position <= last for phase in progress.phases[1:])
 
 
 def _note_skipped_step(job: Job, grad_norm: float) -> None:

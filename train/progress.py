@@ -24,8 +24,12 @@ class Progress:
     """The same proof as hexadecimal digits."""
     consumed: dict[str, int] = field(default_factory=dict)
     """Tokens by language."""
+    consumed_by_source: dict[str, int] = field(default_factory=dict)
+    """Tokens by source, over all languages."""
+    consumed_by_part: dict[str, int] = field(default_factory=dict)
+    """Tokens by language and source, such as `de/wiki`: what the other two are summed from."""
     phases: list[Phase] = field(default_factory=list)
-    """The mixture, and from which position on; see data/order.py."""
+    """The mixtures, and from which position on, those to come included; see data/order.py."""
     skipped: list[tuple[int, int]] = field(default_factory=list)
     """Ranges of positions left out after loss spikes, sorted."""
     losses: list[float] = field(default_factory=list)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from configs.errors import UserError
+from configs.errors import EXIT_UNFINISHED, UserError
 from configs.schema import RunConfig
 from data import manifest as corpus
 from data.heldout import ValidDocuments
 from data.loader import Samples
 from data.manifest import TRAIN, Manifest
-from data.mixture import Mixture, plan_phases, table
+from data.mixture import Mixture, language_rows, plan_phases, table
 from data.order import Phase, unskipped
 from ledger import host
 from ledger.record import Ledger, gap
@@ -25,7 +25,7 @@ from train import checkpoint
 from train.batch import step_shape
 from train.dist import Rank, join, leave
 from train.engine import Engine
-from train.faults import EXIT_SAVED, JobClock, RunLock, StopSignals
+from train.faults import JobClock, RunLock, StopSignals
 from train.loop import End, Job, begin, train
 from train.metrics import MFU_FORMULA, Metrics, peak_flops
 from train.progress import Progress
@@ -36,7 +36,7 @@ from train.watchdog import Watchdog
 
 
 def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
-    """Trains as one of the ranks; returns the exit status: 0 at the last step, `EXIT_SAVED` before."""
+    """Trains as one of the ranks; returns the exit status: 0 at the last step, `EXIT_UNFINISHED` before."""
     signals = StopSignals()
     rank = join(cfg)
     locks: list[RunLock] = []  # held until the end; nothing of another start's is touched before
@@ -54,7 +54,7 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     finally:
         watchdog.close()
         leave()
-    return 0 if end is End.finished else EXIT_SAVED
+    return 0 if end is End.finished else EXIT_UNFINISHED
 
 
 def _prepare(
@@ -67,13 +67,23 @@ def _prepare(
         "corpus_hash": manifest.corpus_hash,
         "seq_len": cfg.train.seq_len,
         "seed": cfg.seed,
+        "packing": cfg.mixture.packing.value,
         "vocab_rows": vocab_rows,
     }
-    resume_from = _choose_checkpoint(rank, run_dir, identity)
+    earlier_corpora = [removal["corpus_hash_before"] for removal in manifest.removed]
+    resume_from = _choose_checkpoint(rank, run_dir, identity, earlier_corpora)
     progress = Progress.from_json(read_manifest(resume_from)["progress"]) if resume_from else Progress()
     rank.first_does(lambda: _refuse_fewer_steps(cfg, progress.step))
     rank.first_does(lambda: require_space(run_dir, cfg, vocab_rows, progress.step))
-    phases, mixture = _phases(cfg, corpus_dir, manifest, progress)
+    seqs = cfg.train.seqs_per_step
+    phases, mixtures = plan_phases(
+        progress.phases,
+        cfg.mixture,
+        manifest.tokens_by_part(TRAIN),
+        position=int(unskipped(progress.step * seqs, progress.skipped)),
+        end_position=cfg.train.steps * seqs,
+        seq_len=cfg.train.seq_len,
+    )
 
     engine = _engine(cfg, vocab_rows, rank, has_weights=resume_from is not None)
     metrics = Metrics(run_dir, cfg, rank, progress.step)
@@ -84,7 +94,7 @@ def _prepare(
         rank=rank,
         shape=step_shape(cfg),
         engine=engine,
-        samples=Samples(corpus_dir, phases, seq_len=cfg.train.seq_len, seed=cfg.seed),
+        samples=Samples(corpus_dir, phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing),
         held_out=ValidDocuments(corpus_dir).read_all(),
         progress=progress,
         identity=identity,
@@ -100,9 +110,9 @@ def _prepare(
         checkpoint.restore(resume_from, engine, rank, cfg.seed)
         _tell_changes(job, phases)
     if phases != progress.phases:
-        progress.phases, progress.losses = phases, []  # with other languages the loss is another, which is no spike
+        progress.phases, progress.losses = phases, []  # with other text the loss is another, which is no spike
     if rank.is_first:
-        _announce(job, mixture)
+        _announce(job, mixtures)
     if resume_from is None:
         checkpoint.seed_random(cfg.seed, rank)
         begin(job)
@@ -140,7 +150,7 @@ def _watched(names: list[str], watchdog: Watchdog) -> Iterator[str]:
         yield name
 
 
-def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> Path | None:
+def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any], earlier_corpora: list[str]) -> Path | None:
     """The checkpoint to go on from; what is wrong with newer ones is told and recorded."""
     if rank.is_first:
         checkpoint.remove_unfinished(run_dir)
@@ -153,7 +163,7 @@ def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any]) -> P
         if complaints:
             rank.first_does(lambda: _refuse_to_begin_again(run_dir, complaints))
         return None
-    rank.first_does(lambda: checkpoint.require_identity(found, identity))
+    rank.first_does(lambda: checkpoint.require_identity(found, identity, earlier_corpora))
     return found
 
 
@@ -174,24 +184,6 @@ def _refuse_to_begin_again(run_dir: Path, complaints: list[str]) -> None:
     )
 
 
-def _phases(cfg: RunConfig, corpus_dir: Path, manifest: Manifest, progress: Progress) -> tuple[list[Phase], Mixture]:
-    """The mixture from here on, and how it came to be; a changed one begins a phase where the run stands."""
-    seqs = cfg.train.seqs_per_step
-    position = int(unskipped(progress.step * seqs, progress.skipped))
-    drawn = {}
-    if progress.phases:
-        drawn = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed).order.visits(position)
-    return plan_phases(
-        progress.phases,
-        drawn,
-        cfg.mixture,
-        manifest.tokens_by_language(TRAIN),
-        position=position,
-        end_position=cfg.train.steps * seqs,
-        seq_len=cfg.train.seq_len,
-    )
-
-
 def _engine(cfg: RunConfig, vocab_rows: int, rank: Rank, has_weights: bool) -> Engine:
     """The engine; where a checkpoint has the weights, none are drawn."""
     with left_empty():
@@ -207,8 +199,11 @@ def _tell_changes(job: Job, phases: list[Phase]) -> None:
         return
     ledger, progress = Ledger(job.run_dir), job.progress
     if phases != progress.phases:
-        job.metrics.terminal.say(f"the mixture changes at position {phases[-1].from_position:,}:")
-        ledger.append("mixture_phase", step=progress.step, **asdict(phases[-1]))
+        changed = [phase for phase in (*phases, *progress.phases) if (phase in phases) != (phase in progress.phases)]
+        at = min(phase.from_position for phase in changed)
+        job.metrics.terminal.say(f"the mixture changes at position {at:,}:")
+        later = [asdict(phase) for phase in phases if phase.from_position >= at]
+        ledger.append("mixture_phase", step=progress.step, from_position=at, phases=later)
     if ledger.n_bytes < progress.ledger_bytes:
         lost = progress.ledger_bytes - ledger.n_bytes
         ledger.append("ledger_short", lost=gap(f"{lost} bytes that stood here when step {progress.step} was saved"))
@@ -217,10 +212,10 @@ def _tell_changes(job: Job, phases: list[Phase]) -> None:
         )
 
 
-def _announce(job: Job, mixture: Mixture) -> None:
+def _announce(job: Job, mixtures: list[Mixture]) -> None:
     cfg, progress = job.cfg, job.progress
     parameters = count_parameters(cfg.model, job.identity["vocab_rows"])
-    job.metrics.terminal.say(table(mixture))
+    job.metrics.terminal.say(table(mixtures))
     job.metrics.terminal.say(
         f"{parameters:,} parameters, {cfg.train.steps} steps of {cfg.train.tokens_per_step:,} tokens: {job.shape}\n"
         f"{MFU_FORMULA}; {job.flops_per_token:,.0f} FLOPs per token; peak {job.peak_flops / 1e12:.3g} TFLOP/s a device "
@@ -229,7 +224,8 @@ def _announce(job: Job, mixture: Mixture) -> None:
     if progress.step:
         job.metrics.terminal.say(f"resuming at step {progress.step}, {progress.tokens:,} tokens")
     ledger = Ledger(job.run_dir)
-    ledger.append("mixture", rule=cfg.mixture.rule.value, rows=[asdict(row) for row in mixture.rows])
+    rules = ", then ".join(mixture.rule for mixture in mixtures)
+    ledger.append("mixture", rule=rules, rows=language_rows(mixtures), phases=[asdict(mixture) for mixture in mixtures])
     ledger.append(
         "train_start",
         step=progress.step,
@@ -271,6 +267,8 @@ def _record_end(job: Job, end: End) -> None:
         rewinds=progress.rewinds,
         order_hash=progress.order_hash,
         consumed=progress.consumed,
+        consumed_by_source=progress.consumed_by_source,
+        consumed_by_part=progress.consumed_by_part,
     )
     if not finished:
         print(f"stopped by {reason} after step {progress.step}; saved", flush=True)

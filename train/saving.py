@@ -142,6 +142,8 @@ class Saver:
             sha256=checkpoint_sha256(path),
             order_hash=progress["order_hash"],
             consumed=progress["consumed"],
+            consumed_by_source=progress["consumed_by_source"],
+            consumed_by_part=progress["consumed_by_part"],
             blocked_s=round(self.blocked_s, 3),
             written_s=round(written_s, 3),
         )

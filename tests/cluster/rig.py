@@ -208,6 +208,11 @@ class Rig:
             if len(words) > 1 and words[1].endswith(script):
                 _send(pid, signal.SIGKILL)
 
+    def kill_job(self, job: str) -> None:
+        """SIGKILL for every process of a job, as where its memory is not enough."""
+        for pid in list(self._pids(f"SLURM_JOB_ID={job}")):
+            _send(pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """Ends every process of this cluster, jobs and steps included, and removes its folder."""
         for daemon in self.daemons.values():

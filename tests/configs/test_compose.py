@@ -1,6 +1,7 @@
 """Composition: what holds, what is refused, and in which words."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.compose import GROUPS, compose, config_hash, diff, freeze, is_free_to_change, load, settings_hash
-from configs.enums import Precision
+from configs.enums import MixtureRule, Precision
 from configs.errors import UserError
 from configs.schema import RunConfig
 
@@ -60,6 +61,10 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["optim.lr=-1"], "optim.lr = -1", "greater than 0"),
         (["engine.comm_precision=bf16"], "comm_precision = bf16", "engine.comm_precision=fp32"),
         (["mixture.rule=weights"], "mixture.rule = weights", "needs them"),
+        (["mixture.sources={udhr:-1}"], "mixture.sources.udhr = -1", "not negative"),
+        (["mixture.phases=[{from_tokens:9},{from_tokens:9}]"], "begin at [9, 9] tokens", "after the one before"),
+        (["mixture.phases=[{from_tokens:9000000000}]"], "from 9000000000 tokens on", "before the run ends"),
+        (["mixture.phases=[{rule:unimax}]"], "mixture.phases[0].from_tokens", "no default"),
         (["suite.max_items_per_language=1"], "max_items_per_language = 1", "standard error"),
         (["log.wandb=online"], "log.wandb = online", "wandb sync"),
         (["cluster=lumi", "cluster.peak_tflops=0"], "peak_tflops", "vendor"),
@@ -99,9 +104,23 @@ def test_a_hub_dataset_needs_its_commit():
     compose(["experiment=smoke", *hub, "corpus.sources.udhr.hub_revision=abc"])
 
 
-def test_weights_of_languages_need_no_plus_sign():
-    cfg = compose(["experiment=smoke", "mixture.rule=weights", "mixture.weights={fi:0.6,sv:0.4}"])
+def test_names_of_languages_and_sources_need_no_plus_sign():
+    weights = ["mixture.rule=weights", "mixture.weights={fi:0.6,sv:0.4}"]
+    cfg = compose(["experiment=smoke", *weights, "mixture.sources.udhr=2", "mixture.max_epochs_of={udhr:3}"])
     assert cfg.mixture.weights == {"fi": 0.6, "sv": 0.4}
+    assert cfg.mixture.sources == {"udhr": 2} and cfg.mixture.max_epochs_of == {"udhr": 3}
+
+
+def test_phases_of_the_mixture_are_settings_like_others(tmp_path):
+    plain, phase = compose(["experiment=smoke"]), "{from_tokens: 100, rule: weights, weights: {de: 1}}"
+    cfg = compose(["experiment=smoke", f"mixture.phases=[{phase}]"])
+    assert cfg.mixture.phases[0].rule is MixtureRule.weights and cfg.mixture.phases[0].max_epochs == 4
+    freeze(cfg, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == cfg
+    changed = diff(plain, cfg)
+    assert changed["mixture.phases.0.weights.de"] == (None, 1.0)
+    assert json.loads(json.dumps(changed)) and all(map(is_free_to_change, changed))
+    assert not is_free_to_change("mixture.packing")
 
 
 def test_a_file_that_is_no_yaml_is_named():

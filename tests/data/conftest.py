@@ -42,6 +42,7 @@ def make_config(smoke_config: RunConfig, corpus: Path, tmp_path: Path) -> Callab
         cfg.corpus.sources = {"small": SourceConfig(**settings)}  # type: ignore[arg-type]
         cfg.corpus.languages = []
         cfg.corpus.holdout = HoldoutConfig(share=0.3)
+        cfg.tasks.workers = 1  # no processes to start, which takes longer than the work
         return cfg
 
     return make

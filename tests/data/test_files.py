@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.errors import UserError
 from data.files import InputFile, find_files, read_lines, sha256, sha256_cached
@@ -37,7 +40,7 @@ def test_a_cut_off_file_is_named_with_its_place(tmp_path: Path, suffix: str, kee
     path = tmp_path / f"a.jsonl{suffix}"
     whole = pack(suffix, PLAIN)
     path.write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}.* byte {int(len(whole) * keep)}, after \d+ whole lines"):
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}.* byte {int(len(whole) * keep)}\n"):
         list(read_lines(path))
 
 
@@ -59,15 +62,54 @@ def test_a_flipped_bit_is_found(tmp_path: Path, suffix: str) -> None:
         list(read_lines(path))
 
 
-@pytest.mark.parametrize("suffix", ["", ".zst"])
-def test_one_endless_line_is_refused_before_it_fills_the_memory(
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_that_is_too_long_is_cut_and_the_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr("data.files.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("data.files.MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / f"array.jsonl{suffix}"
-    path.write_bytes(pack(suffix, b"{}\n[" + b"1," * (3 << 20)))
-    with pytest.raises(UserError, match=r"line 2 is longer than 1 MiB(.|\n)*jq -c"):
-        list(read_lines(path))
+    lines = [b"{}", b"[" + b"1," * (3 << 20), b"{1}", b"x" * (1 << 20), b"y" * ((1 << 20) + 1), b"last"]
+    path.write_bytes(pack(suffix, b"\n".join(lines)))
+    assert list(read_lines(path)) == [line[: (1 << 20) + 1] for line in lines]
+
+
+@given(st.lists(st.binary(max_size=12), max_size=30), st.integers(1, 9), st.integers(1, 40))
+def test_lines_do_not_depend_on_where_blocks_end(lines: list[bytes], block_bytes: int, limit: int) -> None:
+    content = b"\n".join(lines)
+    blocks = [content[i : i + block_bytes] for i in range(0, len(content), block_bytes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.files.read_blocks", lambda path: iter(blocks))
+        patch.setattr("data.files.MAX_RECORD_BYTES", limit)
+        found = list(read_lines(Path("any")))
+    expected = content.split(b"\n")
+    expected = expected[:-1] if not expected[-1] else expected
+    assert [line[: limit + 1] for line in found] == [line[: limit + 1] for line in expected]
+    assert all(len(line) <= max(limit + 1, block_bytes) for line in found)
+
+
+BOMB = """
+import resource, sys
+from pathlib import Path
+from data.files import read_lines
+n = sum(1 for _ in read_lines(Path(sys.argv[1])))
+print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize(("suffix", "gibibytes"), [(".zst", 1), (".gz", 0.25)])
+def test_a_bomb_does_not_fill_the_memory(tmp_path: Path, suffix: str, gibibytes: float) -> None:
+    path = tmp_path / f"bomb.jsonl{suffix}"
+    packer = zlib.compressobj(9, wbits=31) if suffix == ".gz" else zstandard.ZstdCompressor().compressobj()
+    spaces = b" " * (1 << 20)
+    with path.open("wb") as file:
+        file.write(packer.compress(b'{}\n{"text": "'))
+        for _ in range(int(gibibytes * 1024)):
+            file.write(packer.compress(spaces))
+        file.write(packer.compress(b'"}\n{}\n') + packer.flush())
+    assert path.stat().st_size < 1 << 19
+    ran = subprocess.run([sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True)
+    n_lines, mebibytes = map(int, ran.stdout.split())
+    assert n_lines == 3 and mebibytes < 600
 
 
 def test_files_are_found_sorted_and_named_within_their_source(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
+import dataclasses
 import multiprocessing
-import shutil
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,22 +9,37 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from configs.schema import RunConfig
-from data.loader import Batch, DocumentName, LanguageTokens, Samples, batches
+from configs.errors import UserError
+from data.loader import Batch, DocumentName, Samples, batches
 from data.manifest import TRAIN, Manifest
-from data.mixture import plan_mixture
-from data.order import OrderHash, Phase, unskipped
-from data.pipeline import prepare
-from data.shards import Shard, ShardWriter, read_sidecar
+from data.order import CYCLE, OrderHash, Phase, unskipped
+from data.shards import Shard, read_sidecar
+from model.loss import IGNORED, next_token_labels
+from tests.data.corpora import BOS, EOS, Ids, write_corpus
 
 SEQ_LEN, SEQS_PER_STEP = 64, 24
+PHASE = Phase(0, {"de/books": CYCLE // 4, "de/web": CYCLE // 4, "fr/web": CYCLE // 4, "mt/web": CYCLE // 4})
+
+
+def only(part: str) -> list[Phase]:
+    return [Phase(0, {part: CYCLE})]
 
 
 @pytest.fixture(scope="module")
-def samples(corpus: Path, smoke_config: RunConfig) -> Samples:
-    tokens = Manifest.load(corpus).tokens_by_language(TRAIN)
-    shares = plan_mixture(tokens, smoke_config.mixture, smoke_config.train.tokens).shares
-    return Samples(corpus, [Phase(0, shares, {})], SEQ_LEN, seed=5)
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four parts of several shards, and one shorter than a sequence."""
+    rng = np.random.default_rng(0)
+
+    def shards(*sizes: int) -> list[Ids]:
+        return [[rng.integers(4, 1_000, n).tolist() for n in rng.integers(0, 50, size)] for size in sizes]
+
+    parts = {("de", "books"): shards(30, 2, 9), ("de", "web"): shards(300), ("fr", "web"): shards(80, 90)}
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "corpus", {**parts, ("mt", "web"): [[[7]], [[8, 9]]]})
+
+
+@pytest.fixture(scope="module")
+def samples(corpus: Path) -> Samples:
+    return Samples(corpus, [PHASE], SEQ_LEN, seed=5)
 
 
 def read(
@@ -55,9 +71,9 @@ def ids_of(steps: list[list[Batch]]) -> list[list[int]]:
 
 
 def read_in_process(samples: Samples, rank: int, world_size: int) -> tuple[list[list[int]], NDArray[np.int64]]:
-    steps, consumed = read(samples, rank, world_size, micro=2), OrderHash(len(samples.languages))
+    steps, consumed = read(samples, rank, world_size, micro=2), OrderHash(len(samples.parts))
     for batch in (b for step in steps for b in step):
-        consumed.add(batch["position"], batch["sample_id"], batch["language"], SEQ_LEN)
+        consumed.add(batch["position"], batch["sample_id"], batch["part"], SEQ_LEN)
     return ids_of(steps), consumed.state
 
 
@@ -115,12 +131,12 @@ def test_skipped_positions_are_left_out_and_every_step_is_full(samples: Samples)
     assert int(unskipped(5 * SEQS_PER_STEP, skipped)) == whole[5 * SEQS_PER_STEP]
 
 
-def test_languages_keep_their_index_whatever_a_phase_draws(samples: Samples, corpus: Path) -> None:
-    changed = Samples(corpus, [Phase(0, {"de": 0.5, "fr": 0.5}, {}), Phase(100, {"mt": 1.0}, {})], SEQ_LEN, seed=5)
-    assert changed.languages == samples.languages == Manifest.load(corpus).languages(TRAIN)
+def test_parts_keep_their_index_whatever_a_phase_draws(samples: Samples, corpus: Path) -> None:
+    phases = [Phase(0, {"de/web": CYCLE // 2, "fr/web": CYCLE // 2}), Phase(100, {"mt/web": CYCLE})]
+    changed = Samples(corpus, phases, SEQ_LEN, seed=5)
+    assert changed.parts == samples.parts == ["de/books", "de/web", "fr/web", "mt/web"]
     before, after = changed.__getitems__(range(100)), changed.__getitems__(range(100, 200))
-    assert set(before["language"].tolist()) == {changed.languages.index(lang) for lang in ("de", "fr")}
-    assert set(after["language"].tolist()) == {changed.languages.index("mt")}
+    assert set(before["part"].tolist()) == {1, 2} and set(after["part"].tolist()) == {3}
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(samples: Samples) -> None:
@@ -128,10 +144,9 @@ def test_ranks_that_cannot_share_a_step_are_refused(samples: Samples) -> None:
         read(samples, 0, 5, 1)
 
 
-def test_an_epoch_of_a_language_holds_each_of_its_tokens_in_place(corpus: Path) -> None:
-    samples = Samples(corpus, [Phase(0, {"mt": 1.0}, {})], SEQ_LEN, seed=1)
-    stem = Manifest.load(corpus).shards_of("mt", TRAIN)[0].stem
-    tokens = np.asarray(Shard(corpus / stem).tokens).astype(np.int64)
+def test_an_epoch_of_a_part_holds_each_of_its_tokens_in_place(corpus: Path) -> None:
+    samples = Samples(corpus, only("de/web"), SEQ_LEN, seed=1)
+    tokens = np.asarray(Shard(corpus / "shards" / "de.web.train.00000").tokens).astype(np.int64)
     n = -(-len(tokens) // SEQ_LEN)
     batch = samples.__getitems__(range(n))
     order = np.argsort(samples.order.locate(np.arange(n)).sequence)
@@ -146,43 +161,61 @@ def test_documents_are_numbered_from_real_boundaries_across_shards_and_the_circl
     tmp_path: Path, documents: list[list[int]]
 ) -> None:
     """Two shards; ids 1 and 2 stand inside documents too, so scanning for them would be wrong."""
-    shards, flat, numbers = [], [], []
-    for name in ("a", "b"):
-        writer = ShardWriter(tmp_path / name, 100, bos_id=1, eos_id=2)
-        for ids in [*documents, [1, 2, 1]]:
-            writer.add("id", "source", "", ids)
-            flat += [1, *ids, 2]
-            numbers += [(numbers[-1] if numbers else 0) + 1] * (len(ids) + 2)
-        writer.close()
-        shards.append(Shard(tmp_path / name))
-    language, n_turns = LanguageTokens(shards), 4
+    shard = [*documents, [BOS, EOS, BOS]]
+    corpus = write_corpus(tmp_path / "corpus", {("de", "web"): [shard, shard]})
+    flat = [token for ids in (*shard, *shard) for token in (BOS, *ids, EOS)]
+    numbers = [k for k, ids in enumerate((*shard, *shard)) for _ in range(len(ids) + 2)]
+    n_turns = 4
     all_tokens = np.tile(flat, n_turns)
-    all_numbers = np.concatenate([np.array(numbers) + turn * numbers[-1] for turn in range(n_turns)])
-    for start in range(len(flat)):
-        for n in (1, 2, 7, len(flat), 2 * len(flat) + 3):
-            tokens, doc = language.read(start, n)
-            assert tokens.tolist() == all_tokens[start : start + n].tolist()
-            assert doc.tolist() == (all_numbers[start : start + n] - all_numbers[start]).tolist()
+    all_numbers = np.concatenate([np.array(numbers) + turn * (numbers[-1] + 1) for turn in range(n_turns)])
+    for seq_len in (1, 2, 7, len(flat), 2 * len(flat) + 3):
+        samples = Samples(corpus, only("de/web"), seq_len, seed=1)
+        n = -(-len(flat) // seq_len)
+        batch, found = samples.__getitems__(range(n)), samples.order.locate(range(n))
+        for tokens, doc, sequence in zip(batch["tokens"], batch["doc"], found.sequence.tolist(), strict=True):
+            place = slice(sequence * seq_len, (sequence + 1) * seq_len + 1)
+            assert tokens.tolist() == all_tokens[place].tolist()
+            assert doc.tolist() == (all_numbers[place] - all_numbers[place.start]).tolist()
 
 
-def test_samples_travel_to_another_process_without_their_files(samples: Samples) -> None:
-    samples.__getitems__([0])
-    assert samples._open and not samples.__getstate__()["_open"]
+def test_nothing_of_a_removed_document_is_predicted(tmp_path: Path) -> None:
+    """It consists of `</s>` alone, wherever a sequence begins in it."""
+    corpus = write_corpus(tmp_path / "corpus", {("de", "web"): [[[5, 6], [7] * 30, [8, 9]]]})
+    kept = Samples(corpus, only("de/web"), 8, seed=1).__getitems__(range(5))
+    tokens = np.memmap(corpus / "shards" / "de.web.train.00000.bin", np.uint16, "r+")
+    tokens[4:36] = EOS
+    tokens.flush()
+    manifest = Manifest.load(corpus)
+    manifest.shards[0] = dataclasses.replace(manifest.shards[0], n_removed=1)
+    manifest.save(corpus)
+    batch = Samples(corpus, only("de/web"), 8, seed=1).__getitems__(range(5))
+    labels, before = (next_token_labels(b["tokens"], b["doc"]) for b in (batch, kept))
+    assert sorted(labels[labels != IGNORED].tolist()) == [EOS, EOS, 5, 6, 8, 9]
+    assert (before != IGNORED).sum() == 6 + 31
+
+
+def test_samples_travel_to_another_process(samples: Samples) -> None:
+    there = pickle.loads(pickle.dumps(samples))
+    assert all(torch.equal(a, b) for a, b in zip(there[7].values(), samples[7].values(), strict=True))  # type: ignore[call-overload]
+
+
+def test_a_start_opens_no_shard(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes((corpus / "manifest.json").read_bytes())
+    samples = Samples(tmp_path, [PHASE], SEQ_LEN, seed=5)
+    with pytest.raises(UserError, match=r"shards/.*\.idx"):
+        samples[0]
 
 
 def touched(corpus: Path, samples: Samples, positions: Sequence[int]) -> list[DocumentName]:
-    """By laying out the name of every token of a language."""
-    manifest, named = Manifest.load(corpus), {}
-    for language in samples.languages:
-        named[language] = [
-            DocumentName(entry.source, language, doc_id)
-            for entry in manifest.shards_of(language, TRAIN)
-            for doc_id, n_tokens in read_sidecar(corpus / entry.stem, "id", "n_tokens")
-            for _ in range(n_tokens)
-        ]
+    """By laying out the name of every token of a part."""
+    named: dict[str, list[DocumentName]] = {part: [] for part in samples.parts}
+    for entry in Manifest.load(corpus).shards:
+        assert entry.split == TRAIN
+        for doc_id, n_tokens in read_sidecar(corpus / entry.stem, "id", "n_tokens"):
+            named[f"{entry.language}/{entry.source}"] += [DocumentName(entry.source, entry.language, doc_id)] * n_tokens
     found, names = samples.order.locate(positions), []
-    for lang, sequence in zip(found.language, found.sequence, strict=True):
-        all_names, first = named[samples.languages[lang]], int(sequence) * samples.seq_len
+    for part, sequence in zip(found.part, found.sequence, strict=True):
+        all_names, first = named[samples.parts[part]], int(sequence) * samples.seq_len
         names += [all_names[place % len(all_names)] for place in range(first, first + samples.seq_len)]
     return list(dict.fromkeys(names))
 
@@ -196,20 +229,10 @@ def test_documents_of_samples_are_named(corpus: Path, samples: Samples) -> None:
     assert samples.documents([]) == []
 
 
-def test_documents_are_named_across_shards_and_around_the_circle(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    cfg = make_config([{"id": f"a/{i}", "lang": "de", "text": "Wort " * (i % 7 + 1)} for i in range(60)])
-    shutil.copy(tmp_path / "source.jsonl", tmp_path / "other.jsonl")
-    other = make_config([{"id": f"b/{i}", "lang": "de", "text": "zwei"} for i in range(20)]).corpus.sources["small"]
-    cfg.corpus.sources["first"] = cfg.corpus.sources["small"]
-    cfg.corpus.sources["first"].path = str(tmp_path / "other.jsonl")
-    cfg.corpus.sources["second"] = other
-    del cfg.corpus.sources["small"]
-    corpus = prepare(cfg)
-    for seq_len in (3, 16, 5000):
-        samples = Samples(corpus, [Phase(0, {"de": 1.0}, {})], seq_len, seed=1)
-        n = -(-Manifest.load(corpus).tokens_by_language(TRAIN)["de"] // seq_len)
-        for positions in (range(n), [n - 1], [0, 0, n]):
-            assert samples.documents(positions) == touched(corpus, samples, positions)
-        assert {name.source for name in samples.documents(range(n))} == {"first", "second"}
+@pytest.mark.parametrize("seq_len", [3, 16, 5000])
+def test_documents_are_named_across_shards_and_around_the_circle(corpus: Path, seq_len: int) -> None:
+    samples = Samples(corpus, only("de/books"), seq_len, seed=1)
+    n = -(-Manifest.load(corpus).tokens_by_part(TRAIN)["de", "books"] // seq_len)
+    for positions in (range(n), [n - 1], [0, 0, n]):
+        assert samples.documents(positions) == touched(corpus, samples, positions)
+    assert len(samples.documents(range(n))) == 30 + 2 + 9

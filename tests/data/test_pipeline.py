@@ -1,120 +1,60 @@
-import copy
-import hashlib
-import json
-import multiprocessing
+import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs.compose import freeze
+from configs.enums import Packing
 from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.text import HoldoutConfig, TokenizerConfig
-from data.manifest import TRAIN, VALID, Manifest, marks, verify, verify_files
-from data.pipeline import corpus_dir, corpus_key, language_table, prepare
-from data.shards import SUFFIXES, read_sidecar
+from data.loader import Samples
+from data.manifest import TRAIN, VALID, Manifest, marks, verify
+from data.order import CYCLE, Phase
+from data.pipeline import PLAN, corpus_dir, corpus_key, language_table, prepare
+from data.shards import Shard, read_sidecar
 from data.tokenizer import Encoder
-
-PREPARE = """
-import sys
-from pathlib import Path
-from configs.compose import load
-from data.pipeline import prepare
-prepare(load(Path(sys.argv[1])))
-assert not {"torch", "transformers"} & sys.modules.keys()
-"""
-
-
-def visible(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-
-
-def documents(n: int, lang: str = "de") -> list[object]:
-    return [{"id": f"{lang}/{i}", "lang": lang, "text": f"Dokument Nummer {i} über Äpfel."} for i in range(n)]
-
-
-def elsewhere(cfg: RunConfig, scratch: Path) -> RunConfig:
-    cfg = copy.deepcopy(cfg)
-    cfg.cluster.scratch = str(scratch)
-    return cfg
+from tests.data.corpora import write_files
+from tests.data.prepared import (
+    count_files,
+    documents,
+    documents_dir,
+    elsewhere,
+    hashes,
+    ids_of,
+    marks_of,
+    outcome,
+    prepared,
+    start,
+    visible,
+)
 
 
 def test_the_smoke_corpus_is_what_its_manifest_says(corpus: Path) -> None:
     manifest = Manifest.load(corpus)
-    assert visible(corpus) == ["manifest.json", "quarantine.jsonl", "shards", "tokenizer"]
+    assert visible(corpus) == ["manifest.json", "shards", "tokenizer"]
     assert len(manifest.shards) == 48 and manifest.languages(TRAIN) == manifest.languages(VALID)
-    assert manifest.n_read == {"udhr": 1426} and sum(manifest.other_languages["udhr"].values()) == 22 * 31
+    assert manifest.sources["udhr"]["records"] == {"read": 1426}
+    assert manifest.steps["wanted"]["rejected"]["language_not_wanted"][0] == 22 * 31
     assert manifest.tokenizer.vocab_size == 4096
     facts = manifest.facts()
     assert facts["documents"] == 24 * 25 and facts["held_out_documents"] == 24 * 6
-    assert facts["sources"]["udhr"]["tokens"] == sum(manifest.tokens_by_language(TRAIN).values()) == facts["tokens"]
+    assert facts["sources"]["udhr"]["tokens"] == sum(manifest.tokens_by_part(TRAIN).values()) == facts["tokens"]
     assert facts["licences"] == ["LicenseRef-UDHR"]
-    encoder = Encoder(corpus / "tokenizer")
     for shard in manifest.shards:
         rows = list(read_sidecar(corpus / shard.stem, "n_bytes", "n_tokens"))
         assert (len(rows), sum(b for b, _ in rows), sum(t for _, t in rows)) == (
             shard.n_docs, shard.n_bytes, shard.n_tokens,
         )  # fmt: skip
-    assert encoder.bos_id == manifest.tokenizer.bos_id
+    assert Encoder(corpus / "tokenizer").bos_id == manifest.tokenizer.bos_id
     verify(corpus)
     table = language_table(manifest)
-    assert len(table.splitlines()) == 26 and "0 records in quarantine, 682 documents in other languages" in table
-
-
-@pytest.mark.parametrize("victim", ["shards/mt.udhr.train.bin", "shards/mt.udhr.valid.idx", "tokenizer/tokenizer.json"])
-def test_a_flipped_bit_is_named(corpus: Path, tmp_path: Path, victim: str) -> None:
-    copied = shutil.copytree(corpus, tmp_path / "copy")
-    path, known = copied / victim, marks(copied)
-    content = bytearray(path.read_bytes())
-    before = hashlib.sha256(content).hexdigest()
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    changed = [name for name, mark in marks(copied).items() if mark != known[name]]
-    assert changed == [victim]
-    verify_files(copied, known.keys() - {victim})
-    after = hashlib.sha256(content).hexdigest()
-    with pytest.raises(UserError, match=f"{path}: its sha256 is {after}, the manifest says {before}"):
-        verify_files(copied, changed)
-    with pytest.raises(UserError, match=str(path)):
-        verify(copied)
-
-
-def test_marks_name_each_file_of_the_manifest_with_size_and_time(corpus: Path) -> None:
-    found = marks(corpus)
-    files = {
-        p.relative_to(corpus).as_posix(): p.stat() for d in ("shards", "tokenizer") for p in (corpus / d).iterdir()
-    }
-    assert found == {name: [info.st_size, info.st_mtime_ns] for name, info in files.items()}
-    assert len(found) > 48 * 3
-
-
-def test_files_that_vanished_are_named_together(corpus: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(corpus, tmp_path / "copy")
-    n_files, gone = len(marks(corpus)), [f"shards/bg.udhr.train{suffix}" for suffix in SUFFIXES]
-    for name in gone[:2]:
-        (copied / name).unlink()
-    with pytest.raises(UserError, match=f"2 of {n_files} files in {copied}: {gone[0]}: No such file.*; {gone[1]}: "):
-        marks(copied)
-    with pytest.raises(UserError, match=gone[1]):
-        verify_files(copied, gone[1:])
-    shutil.rmtree(copied / "tokenizer")
-    (copied / gone[2]).unlink()
-    with pytest.raises(UserError, match=r"; and \d more") as error:
-        verify(copied)
-    assert "restore the file" in error.value.repair and "marathon data" in error.value.repair
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": []}', '{"shards": [{"stem": "a"}]}'])
-def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=str(tmp_path / "manifest.json")):
-        Manifest.load(tmp_path)
+    assert len(table.splitlines()) == 26 and "left out by wanted: language_not_wanted 682" in table
 
 
 def test_a_complete_corpus_is_returned_at_once(corpus: Path, smoke_config: RunConfig) -> None:
@@ -125,69 +65,71 @@ def test_a_complete_corpus_is_returned_at_once(corpus: Path, smoke_config: RunCo
     assert (corpus / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_a_killed_process_leaves_nothing_that_counts(corpus: Path, smoke_config: RunConfig, tmp_path: Path) -> None:
-    smoke_config = elsewhere(smoke_config, tmp_path)
-    corpora = tmp_path / "corpora"
-    for phase in ("quarantine.jsonl", "tokenizer/tokenizer.json", "shards/.el.udhr.train.bin"):
-        process = multiprocessing.get_context("fork").Process(target=prepare, args=(smoke_config,))
-        process.start()
-        while process.is_alive() and not list(corpora.glob(f".*/{phase}")):
+def test_what_a_killed_process_did_stays_and_nothing_half_written_counts(
+    corpus: Path, smoke_config: RunConfig, tmp_path: Path
+) -> None:
+    smoke_config = elsewhere(smoke_config, tmp_path / "scratch")
+    smoke_config.tasks.workers = 1
+    corpora = tmp_path / "scratch" / "corpora"
+    documents = documents_dir(smoke_config).name
+    phases = {
+        f".{documents}/units/udhr/.00000.*/*": [],
+        f".{documents}/dropped/*": [f".{documents}/units/udhr/00000"],
+        ".*/tokenizer/tokenizer.json": [documents],
+        ".*/entries/*": [documents, f".{corpus.name}/{PLAN}"],
+    }
+    for phase, done in phases.items():
+        process = start(smoke_config)
+        while process.poll() is None and not list(corpora.glob(phase)):
             time.sleep(0.001)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "killed in the middle"
-        assert visible(corpora) == ["inputs.json"]
-        assert len(list(corpora.glob(".*/"))) == 1, "one leftover, whatever was killed before"
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "killed in the middle"
+        assert all((corpora / name).exists() for name in done), phase
+        assert set(visible(corpora)) <= {"inputs.json", "logs", documents} - ({documents} - set(done))
+    marks_before = marks_of(corpora / documents)
     again = prepare(smoke_config)
-    assert visible(corpora) == [again.name, "inputs.json"] == [corpus.name, "inputs.json"]
+    assert again is not None and marks_of(corpora / documents) == marks_before, "nothing is cleaned again"
+    assert visible(corpora) == sorted([again.name, documents, "inputs.json"]) and again.name == corpus.name
     assert not list(corpora.glob(".*/")), "leftovers are gone"
     assert Manifest.load(again) == Manifest.load(corpus)
+    verify(again)
+    assert hashes(corpora / documents) == hashes(documents_dir(smoke_config)) == hashes(corpus.parent / documents)
 
 
-def test_the_pipeline_starts_without_torch(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    freeze(make_config(documents(40)), tmp_path / "config.yaml")
-    subprocess.run([sys.executable, "-c", PREPARE, str(tmp_path / "config.yaml")], check=True, stdout=-3)
+def test_the_pipeline_starts_without_torch(make_config: Callable[..., RunConfig]) -> None:
+    assert start(make_config(documents(40))).wait() == 0
 
 
-def test_two_processes_at_once_do_not_harm_each_other(
-    corpus: Path, smoke_config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    smoke_config = elsewhere(smoke_config, tmp_path)
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=prepare, args=(smoke_config,)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+def test_two_processes_at_once_do_not_harm_each_other(corpus: Path, smoke_config: RunConfig, tmp_path: Path) -> None:
+    smoke_config = elsewhere(smoke_config, tmp_path / "scratch")
+    smoke_config.tasks.workers = 1
+    both = [start(smoke_config) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
     assert Manifest.load(corpus_dir(smoke_config)) == Manifest.load(corpus)
-    assert capfd.readouterr().out.count("tokenizer: training") == 1, "the second waited for the first"
+    verify(corpus_dir(smoke_config))
+    assert "".join(told).count("tokenizer: training") == 1, "the second waited for the first"
+    assert not list((tmp_path / "scratch" / "corpora").glob(".*/"))
 
 
-def test_a_machine_without_file_locks_is_no_harm(
-    corpus: Path, smoke_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    smoke_config = elsewhere(smoke_config, tmp_path)
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=prepare, args=(smoke_config,)) for _ in range(2)]
+def test_a_machine_without_file_locks_is_no_harm(corpus: Path, smoke_config: RunConfig, tmp_path: Path) -> None:
+    smoke_config = elsewhere(smoke_config, tmp_path / "scratch")
+    smoke_config.tasks.workers = 1
+    both = [start(smoke_config, "without locks") for _ in range(2)]
     for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    assert Manifest.load(corpus_dir(smoke_config)) == Manifest.load(corpus)
-    assert not list((tmp_path / "corpora").glob(".*/"))
+        process.communicate()
+    assert 0 in [process.returncode for process in both], "one goes on where the other finds its work taken away"
+    again = prepare(smoke_config)
+    assert again is not None and Manifest.load(again) == Manifest.load(corpus)
+    verify(again)
+    assert not list((tmp_path / "scratch" / "corpora").glob(".*/"))
 
 
 def test_a_corpus_is_named_by_content_and_not_by_place(
     make_config: Callable[..., RunConfig], tmp_path: Path, corpus: Path
 ) -> None:
     cfg = make_config(documents(40))
-    key, first = corpus_key(cfg), Manifest.load(prepare(cfg))
+    key, first = corpus_key(cfg), prepared(cfg)
     source = Path(cfg.corpus.sources["small"].path)
     moved = tmp_path / "elsewhere" / source.name
     moved.parent.mkdir()
@@ -195,85 +137,42 @@ def test_a_corpus_is_named_by_content_and_not_by_place(
     cfg.corpus.sources["small"].path = str(moved)
     cfg.tokenizer.path = str(shutil.copy(cfg.tokenizer.path, tmp_path / "copy.model"))
     cfg.cluster.scratch = str(tmp_path / "other")
-    assert corpus_key(cfg) == key and Manifest.load(prepare(cfg)) == first
+    assert corpus_key(cfg) == key and prepared(cfg) == first
     assert str(tmp_path) not in (corpus_dir(cfg) / "manifest.json").read_text()
     moved.write_bytes(moved.read_bytes().replace(b"39", b"93"))
-    changed = Manifest.load(prepare(cfg))
+    changed = prepared(cfg)
     assert corpus_key(cfg) != key and changed.corpus_hash != first.corpus_hash
 
 
-@pytest.mark.parametrize("change", ["licence", "share", "languages", "bad_share", "vocabulary"])
+CHANGES: dict[str, Callable[[RunConfig], object]] = {
+    "licence": lambda cfg: setattr(cfg.corpus.sources["small"], "licence", "CC-BY-4.0"),
+    "share": lambda cfg: setattr(cfg.corpus.holdout, "share", 0.2),
+    "languages": lambda cfg: setattr(cfg.corpus, "languages", ["de"]),
+    "bad_share": lambda cfg: setattr(cfg.corpus, "max_bad_share", 0.5),
+    "cleaning": lambda cfg: setattr(cfg.corpus.clean, "repair_unicode", True),
+    "copies": lambda cfg: setattr(cfg.corpus.dedup, "near", True),
+    "vocabulary": lambda cfg: setattr(cfg.tokenizer, "path", ""),
+    "shards": lambda cfg: setattr(cfg.corpus, "shard_bytes", 1 << 20),
+}
+
+
+OF_THE_SHARDS = {"vocabulary", "shards"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_every_setting_of_the_corpus_is_part_of_its_key(make_config: Callable[..., RunConfig], change: str) -> None:
     cfg = make_config(documents(3))
-    key = corpus_key(cfg)
-    if change == "licence":
-        cfg.corpus.sources["small"].licence = "CC-BY-4.0"
-    elif change == "share":
-        cfg.corpus.holdout.share = 0.2
-    elif change == "languages":
-        cfg.corpus.languages = ["de"]
-    elif change == "bad_share":
-        cfg.corpus.max_bad_share = 0.5
-    else:
-        cfg.tokenizer.path = ""
+    key, cleaned = corpus_key(cfg), documents_dir(cfg)
+    CHANGES[change](cfg)
     assert corpus_key(cfg) != key
+    assert (documents_dir(cfg) == cleaned) == (change in OF_THE_SHARDS)
 
 
-def test_bad_records_are_counted_in_the_manifest_and_told(
-    make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    cfg = make_config([*documents(50), b"{", {"lang": "de", "text": ""}, {"lang": "de", "text": "a\u2581b"}])
-    cfg.corpus.max_bad_share = 0.1
-    folder = prepare(cfg)
-    assert Manifest.load(folder).quarantine == {"small": {"contains_u2581": 1, "not_json": 1, "text_empty": 1}}
-    aside = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [a["location"] for a in aside] == [f"source.jsonl:{n}" for n in (51, 52, 53)]
-    assert "3 records in quarantine" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("lines", "languages", "said"),
-    [
-        ([], [], "0 records in small; documents for training .* none at all"),
-        (documents(40), ["de", "fr"], r"40 records .* fr 0 \+ 0; in other languages: none"),
-        (documents(40), ["fr"], r"fr 0 \+ 0; in other languages: de 40"),
-        (documents(1), [], r"1 records .* de [01] \+ [01]; "),
-    ],
-)
-def test_a_language_without_documents_stops_the_stage(
-    make_config: Callable[..., RunConfig], lines: list[object], languages: list[str], said: str
-) -> None:
-    cfg = make_config(lines)
-    cfg.corpus.languages = languages
-    with pytest.raises(UserError, match=said):
-        prepare(cfg)
-    assert visible(Path(cfg.cluster.scratch) / "corpora") == ["inputs.json"]
-
-
-def test_a_damaged_source_leaves_no_corpus(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    cfg = make_config(documents(40))
-    whole = subprocess.run(["gzip", "-c", str(tmp_path / "source.jsonl")], capture_output=True, check=True).stdout
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
-    cfg.corpus.sources["small"].path = str(tmp_path / "cut.jsonl.gz")
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: the compressed file is cut off"):
-        prepare(cfg)
-    assert visible(Path(cfg.cluster.scratch) / "corpora") == ["inputs.json"]
-
-
-def test_sources_keep_their_licence_and_shards_their_source(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    cfg = make_config([*documents(30), *documents(30, "fr")])
-    other = make_config([*documents(30)], licence="CC-BY-4.0", origin="there").corpus.sources["small"]
-    shutil.copy(tmp_path / "source.jsonl", tmp_path / "other.jsonl")
-    other.path = str(tmp_path / "other.jsonl")
-    make_config([*documents(30), *documents(30, "fr")])
-    cfg.corpus.sources["other"] = other
-    manifest = Manifest.load(prepare(cfg))
-    assert {(s.source, s.language, s.licence, s.origin) for s in manifest.shards} == {
-        ("small", "de", "CC0-1.0", "here"), ("small", "fr", "CC0-1.0", "here"), ("other", "de", "CC-BY-4.0", "there"),
-    }  # fmt: skip
-    assert [s.source for s in manifest.shards_of("de", TRAIN)] == ["other", "small"]
+def test_who_prepares_a_corpus_and_how_it_is_read_are_no_part_of_its_key(make_config: Callable[..., RunConfig]) -> None:
+    cfg = make_config(documents(3))
+    key = corpus_key(cfg)
+    cfg.tasks.workers, cfg.train.seq_len, cfg.mixture.packing = 7, 128, Packing.best_fit
+    assert corpus_key(cfg) == key
 
 
 def test_the_tokenizer_learns_from_training_documents_alone(make_config: Callable[..., RunConfig]) -> None:
@@ -281,7 +180,7 @@ def test_the_tokenizer_learns_from_training_documents_alone(make_config: Callabl
         cfg = make_config([{"lang": "de", "text": f"{word} " * 50, "part": i} for i, word in enumerate(words)])
         cfg.corpus.holdout = HoldoutConfig(by_field="part", by_values=[1])
         cfg.tokenizer = TokenizerConfig(vocab_size=301, character_coverage=1.0)
-        return Manifest.load(prepare(cfg)).tokenizer.sha256["tokenizer.model"]
+        return prepared(cfg).tokenizer.sha256["tokenizer.model"]
 
     learned = "Donaudampfschifffahrtsgesellschaftskapitän Kraftfahrzeughaftpflichtversicherung"
     first = tokenizer_hash([learned, "Eichhörnchen"])
@@ -289,8 +188,96 @@ def test_the_tokenizer_learns_from_training_documents_alone(make_config: Callabl
     assert first != tokenizer_hash([learned + " Eichhörnchen", "Streichholzschächtelchen"])
 
 
-def test_a_source_name_that_cannot_be_a_file_name_is_refused(make_config: Callable[..., RunConfig]) -> None:
-    cfg = make_config(documents(3))
-    cfg.corpus.sources["../up"] = cfg.corpus.sources.pop("small")
-    with pytest.raises(UserError, match=r"corpus\.sources\.\.\./up"):
-        corpus_key(cfg)
+@pytest.fixture
+def many_files(make_config: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+    """A config over 12 files of three languages, with copies and repeated ids between the files."""
+    cfg = make_config(path=str(write_files(tmp_path / "files", 12)))
+    cfg.corpus.dedup.near = True
+    return cfg
+
+
+def test_any_number_of_workers_makes_the_same_corpus_bit_for_bit(many_files: RunConfig, tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 3, 8):
+        cfg = elsewhere(many_files, tmp_path / f"scratch-{workers}")
+        cfg.tasks.workers = workers
+        prepare(cfg)
+        found.append(outcome(cfg))
+    assert found[0] == found[1] == found[2]
+    rejected = Manifest.load(corpus_dir(elsewhere(many_files, tmp_path / "scratch-1"))).steps["dedup"]["rejected"]
+    assert rejected.keys() == {"id_repeated", "exact_duplicate", "near_duplicate"}
+
+
+def test_kills_of_all_processes_at_any_moment_change_nothing(many_files: RunConfig, tmp_path: Path) -> None:
+    expected = elsewhere(many_files, tmp_path / "undisturbed")
+    prepare(expected)
+    cfg = elsewhere(many_files, tmp_path / "killed")
+    cfg.tasks.workers = 3
+    corpora, draw, n_kills = tmp_path / "killed" / "corpora", random.Random(7), 0
+    while n_kills < 6:
+        process, n_files = start(cfg), count_files(corpora) + draw.randint(1, 60)
+        while process.poll() is None and count_files(corpora) < n_files:
+            time.sleep(0.001)
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        n_kills += 1
+    assert n_kills >= 3
+    prepare(cfg)
+    assert outcome(cfg) == outcome(expected)
+    assert not list(corpora.glob(".*/")), "leftovers are gone"
+
+
+def test_another_tokenizer_cleans_nothing_anew(many_files: RunConfig) -> None:
+    first = prepare(many_files)
+    cleaned = documents_dir(many_files)
+    before = marks_of(cleaned)
+    many_files.tokenizer = TokenizerConfig(vocab_size=400, character_coverage=1.0)
+    second = prepare(many_files)
+    assert first != second and first is not None and second is not None
+    assert documents_dir(many_files) == cleaned and marks_of(cleaned) == before
+    assert ids_of(first) == ids_of(second)
+    assert Manifest.load(second).tokenizer.vocab_size == 400
+
+
+def test_shards_have_a_size_and_together_the_content_of_one(many_files: RunConfig, tmp_path: Path) -> None:
+    whole = prepare(many_files)
+    many_files.corpus.shard_bytes = 3_000
+    several = prepare(many_files)
+    assert (
+        whole is not None and several is not None and documents_dir(many_files).name == Manifest.load(whole).documents
+    )
+
+    def contents(folder: Path) -> dict[tuple[str, str], list[object]]:
+        found: dict[tuple[str, str], list[object]] = {}
+        for entry in Manifest.load(folder).shards:
+            shard = Shard(folder / entry.stem)
+            rows = read_sidecar(folder / entry.stem, "id", "licence", "n_bytes", "n_alike")
+            tokens = [shard.document(row).tolist() for row in range(shard.n_docs)]
+            found.setdefault((entry.language, entry.split), []).extend(zip(tokens, rows, strict=True))
+        return found
+
+    assert contents(several) == contents(whole)
+    stems = [shard.stem for shard in Manifest.load(several).shards]
+    assert {f"shards/de.small.train.{k:05d}" for k in range(3)} <= set(stems) and stems == sorted(stems)
+    sizes = [s.n_bytes for s in Manifest.load(several).shards if f"{s.stem[:-5]}{int(s.stem[-5:]) + 1:05d}" in stems]
+    assert all(1_000 < size < 6_000 for size in sizes), sizes
+    assert {s.stem[-6:] for s in Manifest.load(whole).shards} == {".00000"}
+
+
+def test_best_fit_is_packed_by_prepare_and_made_up_for_an_older_corpus(many_files: RunConfig) -> None:
+    folder = prepare(many_files)
+    assert folder is not None
+    before, phases = marks(folder), [Phase(0, {"de/small": CYCLE})]
+    many_files.mixture.packing = Packing.best_fit
+    with pytest.raises(UserError):
+        Samples(folder, phases, many_files.train.seq_len, 1, Packing.best_fit)
+    assert prepare(many_files) == folder and marks(folder) == before
+    samples = Samples(folder, phases, many_files.train.seq_len, 1, Packing.best_fit)
+    assert np.any(samples[0]["tokens"].numpy() == Manifest.load(folder).tokenizer.eos_id)
+    packed = marks_of(folder)
+    assert prepare(many_files) == folder and marks_of(folder) == packed
+    many_files.train.seq_len = 64
+    prepare(many_files)
+    assert (folder / "fit-64.json").exists() and (folder / "fit-256.json").exists()

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,11 +16,23 @@ TEXTS = ["eins", "zwölf", "x"]
 IDS = [[5, 6, 7], [8], []]
 
 
-def write(stem: Path, ids: list[list[int]], vocab_size: int = 1000) -> None:
+def add(writer: ShardWriter, ids: list[list[int]], first: int = 0) -> None:
+    texts = [TEXTS[i % 3] for i in range(first, first + len(ids))]
+    rows = {
+        "id": [f"doc/{first + i}" for i in range(len(ids))],
+        "n_bytes": [len(text.encode()) for text in texts],
+        "source": ["source"] * len(ids),
+    }
+    ends = np.cumsum([len(document) for document in ids], dtype=np.int64)
+    writer.add(pa.table(rows), ends, np.array([token for document in ids for token in document], np.int64))
+
+
+def write(stem: Path, ids: list[list[int]], vocab_size: int = 1000, docs_a_call: int = 2) -> ShardWriter:
     writer = ShardWriter(stem, vocab_size, bos_id=1, eos_id=2)
-    for i, document in enumerate(ids):
-        writer.add(f"doc/{i}", "source", TEXTS[i % 3], document)
+    for first in range(0, len(ids), docs_a_call):
+        add(writer, ids[first : first + docs_a_call], first)
     writer.close()
+    return writer
 
 
 @pytest.mark.parametrize(("vocab_size", "code", "dtype"), [(65_499, 8, "<u2"), (65_500, 4, "<i4"), (131_072, 4, "<i4")])
@@ -45,9 +58,20 @@ def test_the_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int, code: 
 
 
 def test_the_sidecar_ties_sequences_to_documents(tmp_path: Path) -> None:
-    write(tmp_path / "a", IDS)
-    rows = list(read_sidecar(tmp_path / "a", "id", "n_bytes", "n_tokens", "source"))
-    assert rows == [("doc/0", 4, 5, "source"), ("doc/1", 6, 3, "source"), ("doc/2", 1, 2, "source")]
+    writer = write(tmp_path / "a", IDS)
+    rows = list(read_sidecar(tmp_path / "a", "id", "n_bytes", "n_tokens", "offset", "source"))
+    assert rows == [("doc/0", 4, 5, 0, "source"), ("doc/1", 6, 3, 5, "source"), ("doc/2", 1, 2, 8, "source")]
+    assert (writer.n_docs, writer.n_bytes, writer.n_tokens) == (3, 11, 10)
+
+
+def test_how_documents_come_in_changes_no_byte(tmp_path: Path) -> None:
+    ids = IDS * 4
+    for name, docs_a_call in (("one", 1), ("five", 5), ("all", 12)):
+        write(tmp_path / name, ids, docs_a_call=docs_a_call)
+    for suffix in (".bin", ".idx"):
+        assert len({(tmp_path / f"{name}{suffix}").read_bytes() for name in ("one", "five", "all")}) == 1
+    tables = [pq.read_table(tmp_path / f"{name}.docs.parquet") for name in ("one", "five", "all")]
+    assert tables[0].equals(tables[1]) and tables[1].equals(tables[2])
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,16 +92,17 @@ def test_boundaries_are_those_of_the_documents(tmp_path: Path, ids: list[list[in
 
 def test_a_shard_is_complete_or_absent(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", 1000, bos_id=1, eos_id=2)
-    writer.add("doc", "source", "x", [3])
+    add(writer, [[3]])
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
     writer.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"a{suffix}" for suffix in SUFFIXES)
 
 
-def test_a_token_that_does_not_fit_its_type_is_not_wrapped(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "a", 1000, bos_id=1, eos_id=2)
-    with pytest.raises(OverflowError):
-        writer.add("doc", "source", "x", [70_000])
+@pytest.mark.parametrize(("vocab_size", "token"), [(1000, 65_536), (1000, -1), (131_072, 2**31), (131_072, -1)])
+def test_a_token_that_does_not_fit_its_type_is_not_wrapped(tmp_path: Path, vocab_size: int, token: int) -> None:
+    writer = ShardWriter(tmp_path / "a", vocab_size, bos_id=1, eos_id=2)
+    with pytest.raises(OverflowError, match=str(token)):
+        add(writer, [[5], [token, 6]])
 
 
 @pytest.mark.parametrize(
@@ -106,9 +131,8 @@ def test_a_damaged_shard_is_named(
     assert "marathon data" in error.value.repair
 
 
-def test_ids_are_read_from_their_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.shards.SIDECAR_ROWS", 10)
-    write(tmp_path / "a", [[5]] * 35)
+def test_ids_are_read_from_their_row_groups_alone(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[5]] * 35, docs_a_call=10)
     assert document_ids(tmp_path / "a", [34, 0, 9, 10, 0]) == {i: f"doc/{i}" for i in (34, 0, 9, 10)}
     assert document_ids(tmp_path / "a", []) == {}
     path = tmp_path / "a.docs.parquet"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from configs.compose import compose
 from configs.errors import UserError
 from configs.schema import ModelConfig, RunConfig
-from eval.results import Identity, read_result, read_results, result_path, write_result
+from eval.results import read_result, read_results, result_path, write_result
 from eval.run import evaluate
 from ledger.record import Ledger
 from model.decoder import Decoder
@@ -143,11 +143,14 @@ def test_what_cannot_be_evaluated_is_refused(cfg, run_dir, tmp_path, documents, 
 
 
 def test_result_is_whole_or_not_there(tmp_path):
-    path, identity = result_path(tmp_path, "step-000000120"), Identity("m", "s", "c")
-    assert read_result(path, identity) is None
-    write_result(path, {"step": 120, "model_sha256": "m", "suite_hash": "s", "corpus_hash": "c"})
+    path, identity = (
+        result_path(tmp_path, "step-000000120"),
+        {"model_sha256": "m", "suite_hash": "s", "corpus_hash": "c"},
+    )
+    assert read_result(path, **identity) is None
+    write_result(path, {"step": 120, **identity})
     with pytest.raises(TypeError):
         write_result(path, {"step": 121, "model_sha256": object()})
-    assert read_result(path, identity) == read_results(tmp_path)[0]
-    assert read_result(path, Identity("m", "other", "c")) is None
+    assert read_result(path, **identity) == read_results(tmp_path)[0]
+    assert read_result(path, **{**identity, "suite_hash": "other"}) is None
     assert read_result(path)["step"] == 120

@@ -12,7 +12,8 @@ from configs.compose import compose
 from configs.schema import RunConfig
 from data.pipeline import prepare
 from marathon import doctor, placement
-from marathon.doctor import Check, print_checks, run_doctor
+from marathon.doctor import print_checks, run_doctor
+from marathon.outcome import failed, passed, warned
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 LUMI_MASKS = (
@@ -61,25 +62,25 @@ def start_as_task(monkeypatch: pytest.MonkeyPatch, n_tasks: int, **variables: st
 
 def test_this_machine_is_ready_for_the_smoke_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = run_doctor(with_scratch(tmp_path / "not" / "yet"))
-    assert [c.name for c in checks if c.status == "fail"] == []
+    assert [name for name, outcome in checks.items() if outcome.status == "fail"] == []
     assert not list(tmp_path.rglob("*")), "the doctor leaves nothing behind"
     assert print_checks(checks) == 0
     printed = capsys.readouterr().out
-    assert all(check.name in printed for check in checks) and "0 fail" in printed
+    assert all(name in printed for name in checks) and "0 fail" in printed
 
 
 def test_without_an_experiment_only_general_checks_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "GENERAL", {"versions": doctor.check_versions})
     checks = run_doctor(None)
-    assert sys.version.split()[0] in checks[0].found
-    assert all(c.status == "skip" and c.found.startswith("not applicable") for c in checks[1:])
-    assert len(checks) == 1 + len(doctor.CONFIGURED)
+    assert sys.version.split()[0] in checks.pop("versions").found
+    assert all(c.status == "skip" and c.found.startswith("not applicable") for c in checks.values())
+    assert checks.keys() == doctor.CONFIGURED.keys()
 
 
 def test_a_failed_check_gives_exit_status_1_and_shows_its_repair(capsys: pytest.CaptureFixture[str]) -> None:
-    checks = [Check("a", "pass", "fine", ""), Check("b", "warn", "so so", "mend"), Check("c", "fail", "bad", "mend it")]
-    assert print_checks(checks) == 1
-    assert print_checks(checks[:2]) == 0
+    mendable = {"a": passed("fine"), "b": warned("so so", "mend")}
+    assert print_checks({**mendable, "c": failed("bad", "mend it")}) == 1
+    assert print_checks(mendable) == 0
     assert "repair: mend it" in capsys.readouterr().out
 
 

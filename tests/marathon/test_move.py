@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -57,15 +58,21 @@ def lumi(finished, tmp_path):
     return scratch
 
 
-def test_a_run_goes_through_disk_ssh_and_s3_and_ends_as_its_twin(lumi, finished, sftp, s3, tmp_path):
+def test_a_run_goes_through_disk_ssh_and_s3_and_ends_as_its_twin(lumi, finished, sftp, s3, tmp_path, capsys):
     disk, server, leonardo = (tmp_path / name for name in ("disk", "server", "leonardo"))
     move(str(lumi / "runs" / "whole"), str(disk))
     shutil.rmtree(lumi)
     move(str(disk / "runs" / "whole"), f"{sftp}{server}")
     shutil.rmtree(disk)
+    capsys.readouterr()
     move(str(server), f"{s3}/ends")
+    assert '\n  marathon move s3://bucket/ends --to "${MARATHON_SCRATCH:-scratch}"\n' in capsys.readouterr().out
     shutil.rmtree(server)
     move(f"{s3}/ends/runs/whole", str(leonardo))
+    told = capsys.readouterr().out
+    assert f"\n  export MARATHON_SCRATCH={leonardo}\n" in told
+    arguments = shlex.split(told.partition("\n  marathon run ")[2].splitlines()[0])
+    assert arguments == [*SMALL, "name=whole"]
 
     run = leonardo / "runs" / "whole"
     listed = json.loads((run / "moved.json").read_text())["files"]
@@ -82,10 +89,10 @@ def test_a_run_goes_through_disk_ssh_and_s3_and_ends_as_its_twin(lumi, finished,
     # Neither the old scratch folder nor the text is on this machine; one process instead of two, another stage.
     other = ("cluster.devices_per_node=1", "engine.zero_stage=2", "corpus.sources.udhr.path=/nowhere/text.jsonl")
     marathon = Command(leonardo)
-    status, output = marathon("data", *SMALL, "name=whole", *other)
+    status, output = marathon("data", *arguments, *other)
     assert status == 0, output
     assert output.splitlines()[-1] == "data: complete, skipped"
-    status, output = marathon("train", *SMALL, "name=whole", *other)
+    status, output = marathon("train", *arguments, *other)
     assert status == 0, output
     assert "resuming at step 4" in output
     assert "was moved" not in output
@@ -239,7 +246,9 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(lumi, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        with pytest.raises(UserError, match=r"rank-00000\.safetensors: .*File too large(.|\n)*has space"):
+        with pytest.raises(
+            UserError, match=r"rank-00000\.safetensors: .*File too large(.|\n)*has space(.|\n)*make room"
+        ):
             move(str(lumi / "runs" / "whole"), str(leonardo))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -249,17 +258,42 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(lumi, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "said"),
+    ("to", "found", "rule", "repair"),
     [
-        ("gopher://host/pack", "Protocol not known: gopher"),
-        ("login.leonardo.cineca.it:/scratch/pack", "sftp://HOST/FOLDER"),
-        ("sftp://127.0.0.1:9/pack", "sftp://127.0.0.1:9/pack"),
-        ("s3://no-such-bucket/pack", "bucket does not exist"),
+        ("gopher://host/pack", "gopher:// is not known", "another URL that fsspec knows", "sftp://HOST/FOLDER"),
+        ("login.leonardo.cineca.it:/scratch", "login.leonardo", "a folder or a URL", "sftp://HOST/FOLDER"),
+        ("sftp://127.0.0.1:9/pack", "sftp://127.0.0.1:9/pack", "the host answers", "its name and port"),
+        ("s3://no-such-bucket/pack", "does not exist", "a bucket is made before", "make the bucket"),
+        ("/sys/marathon", "not permitted", "you may write where", "--to a folder of yours"),
+        ("{sftp}/sys/marathon", "No such file", "you may write where", "--to a folder of yours"),
+        ("{lumi}/runs/whole/config.yaml", "config.yaml", "goes into a folder", "--to a folder"),
     ],
 )
-def test_a_place_that_is_none_is_told_in_one_message(lumi, s3, to, said):
-    with pytest.raises(UserError, match=said):
-        move(str(lumi / "runs" / "whole"), to)
+def test_why_a_place_refuses_is_told_with_the_rule_and_repair_that_fit(lumi, sftp, s3, to, found, rule, repair):
+    """Rights do not bind root; nobody makes a folder in the kernel's own file system."""
+    with pytest.raises(UserError) as error:
+        move(str(lumi / "runs" / "whole"), to.format(sftp=sftp, lumi=lumi))
+    assert found in error.value.found
+    assert rule in error.value.rule
+    assert repair in error.value.repair
+
+
+@pytest.mark.parametrize(
+    ("environment", "rule", "repair"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "", "HOME": "/nowhere"}, "S3 has to know who asks", "export AWS_ACCESS_KEY_ID="),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "the host answers", "its name and port"),
+    ],
+)
+def test_a_store_that_knows_nobody_or_does_not_answer_is_told_so(lumi, s3, environment, rule, repair):
+    marathon = Command(lumi)
+    marathon.environment |= environment
+    marathon.environment = {name: value for name, value in marathon.environment.items() if value}
+    status, output = marathon("move", "whole", "--to", "s3://bucket/pack")
+    assert status == 1
+    assert output.startswith("error: s3://bucket/pack")
+    assert f"rule:   {rule}" in output
+    assert repair in output
 
 
 def test_a_host_that_is_not_known_is_not_trusted(lumi, sftp, tmp_path, monkeypatch):
@@ -268,8 +302,20 @@ def test_a_host_that_is_not_known_is_not_trusted(lumi, sftp, tmp_path, monkeypat
     (home / ".ssh" / "known_hosts").unlink()
     monkeypatch.setenv("HOME", str(home))
     # With a user in it, it is another connection than that of the tests before.
-    with pytest.raises(UserError, match="Host key is not trusted"):
+    with pytest.raises(UserError, match=r"Host key is not trusted(.|\n)*log in there once with `ssh`"):
         move(str(lumi / "runs" / "whole"), f"{sftp.replace('//', f'//{getpass.getuser()}@')}{tmp_path}/pack")
+
+
+def test_a_host_that_does_not_know_you_is_told_from_a_folder_that_is_not_yours(lumi, sftp, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(os.environ["HOME"], home)
+    (home / ".ssh" / "id_ed25519").unlink()
+    marathon = Command(lumi)
+    marathon.environment["HOME"] = str(home)
+    status, output = marathon("move", "whole", "--to", f"{sftp}{tmp_path}/pack")
+    assert status == 1
+    assert "lets in whom it knows by a key" in output
+    assert "ssh USER@HOST" in output
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/x", "s3fs"), ("ssh://host/x", "sshfs")])

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from configs.compose import compose
-from marathon.plan import activation_bytes_per_token, device_memory, plan_text
+from data.pipeline import prepare
+from marathon.plan import activation_bytes_per_token, device_memory, mixture_text, plan_text
 from model.decoder import Decoder
+from tests.marathon.conftest import SMALL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,10 +39,10 @@ def test_sharding_takes_memory_off_a_device():
         )
 
     one, two = memory(engine="zero1"), memory(engine="zero2")
-    assert two.gradients < one.gradients
+    assert two["gradients"] < one["gradients"]
     more = memory(**{"cluster.nodes": 4})
-    assert more.optimizer == pytest.approx(one.optimizer / 4)
-    assert more.weights == one.weights
+    assert more["optimizer"] == pytest.approx(one["optimizer"] / 4)
+    assert more["weights"] == one["weights"]
 
 
 def test_the_plan_names_what_does_not_fit():
@@ -49,3 +51,15 @@ def test_the_plan_names_what_does_not_fit():
     assert "WARNING" not in told
     assert "47,683 steps x 2,097,152" in told
     assert "1,040,254,976" in told or "1,040," in told
+
+
+def test_the_plan_shows_every_phase_of_the_mixture_once_there_is_a_corpus(tmp_path):
+    phase = "mixture.phases=[{from_tokens: 16384, rule: weights, weights: {mt: 1}, max_epochs: 9}]"
+    cfg = compose([*SMALL, f"cluster.scratch={tmp_path}", phase])
+    assert mixture_text(cfg).startswith("mixture       is planned when there is a corpus")
+    prepare(cfg)
+    header, columns, *rows = mixture_text(cfg).splitlines()
+    assert header == "mixture from 0 tokens on, by unimax" and columns.split()[:3] == ["part", "available", "share"]
+    assert rows[3] == "mixture from 16,384 tokens on, by weights"
+    tokens, epochs = zip(*((row.split()[3], row.split()[4]) for row in rows if row.startswith("mt/udhr")), strict=True)
+    assert tokens == ("5,461", "16,384") and float(epochs[1]) == pytest.approx(4 * float(epochs[0]), abs=0.02)

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from configs.compose import compose, freeze
 from configs.errors import UserError
-from marathon.charts import Interval, Line, axis, bar, dot_plot, line_chart
-from marathon.numerals import change, count, fixed, moment, percent, short
+from ledger.pages import environment
+from marathon import report
+from marathon.charts import Frame, axis
+from marathon.cli import main
 from marathon.report import write_report
-from marathon.runfiles import read_run
+from marathon.runfiles import RunFiles
 
+CHARTS: Any = environment(Path(report.__file__).parent).get_template("charts.svg.j2").module
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EU46 = re.findall(
     r"\S+",
@@ -146,7 +149,7 @@ def read_page(run_dir: Path) -> Page:
     assert "default-src 'none'" in html
     assert not re.search(r'="[^"]*\b(nan|inf)\b', html), "a drawing holds a number that is none"
     assert not re.search(r">\s*(nan|inf|None)\s*<", html)
-    assert not list(run_dir.glob("*.tmp"))
+    assert not list(run_dir.glob(".report*"))
     return page
 
 
@@ -209,14 +212,27 @@ def test_missing_files_are_gaps(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    write_run(tmp_path / "somewhere")
+    (tmp_path / "somewhere" / "config.yaml").touch()
+    with pytest.raises(UserError, match="nowhere is no folder; runs there: somewhere"):
         write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("given", ["my-run", "{scratch}/runs/my-run", "experiment=smoke name=my-run"])
+def test_a_run_is_given_by_name_folder_or_arguments(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MARATHON_SCRATCH", str(tmp_path))
+    run_dir = write_run(tmp_path / "runs" / "my-run", [valid_line(0, {"de": 4.0})])
+    assert main(["report", *given.format(scratch=tmp_path).split()]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+    assert (run_dir / "report.html").exists()
 
 
 def test_later_lines_win_after_a_restart(tmp_path: Path) -> None:
     metrics = [train_line(10), train_line(20, loss=7.77), valid_line(20, {"de": 9.0}), train_line(30, loss=6.66)]
     metrics += [train_line(20, loss=5.55), valid_line(20, {"de": 3.0})]
-    run = read_run(write_run(tmp_path, metrics, tail='{"kind": "train", "step": 30, "lo'))
+    run = RunFiles(write_run(tmp_path, metrics, tail='{"kind": "train", "step": 30, "lo'))
     assert [(r["step"], r["loss"]) for r in run.train] == [(10, 7.0), (20, 5.55)], (
         "step 30 belongs to a course given up"
     )
@@ -225,7 +241,7 @@ def test_later_lines_win_after_a_restart(tmp_path: Path) -> None:
 
 def test_validation_and_training_line_of_one_step_live_together(tmp_path: Path) -> None:
     for order in ([train_line(10), valid_line(10, {"de": 3.0})], [valid_line(10, {"de": 3.0}), train_line(10)]):
-        run = read_run(write_run(tmp_path, order))
+        run = RunFiles(write_run(tmp_path, order))
         assert len(run.train) == len(run.valid) == 1
 
 
@@ -321,7 +337,7 @@ def test_axes_have_round_numbers() -> None:
 def test_a_long_line_is_thinned_and_keeps_its_spike_and_its_end() -> None:
     points = [(float(n), 1.0) for n in range(10_000)]
     points[7_321], points[500] = (7_321.0, 5.0), (500.0, math.nan)
-    drawing = line_chart("loss", [Line(points)], axis([0, 10_000]), axis([0, 5]))
+    drawing = CHARTS.line_chart("loss", [(points, "main")], Frame(axis([0, 10_000]), axis([0, 5]), 280))
     path = re.search(r' d="M([^"]+)"', drawing)
     assert path
     places = [tuple(map(float, place.split())) for place in path[1].split("L")]
@@ -329,17 +345,13 @@ def test_a_long_line_is_thinned_and_keeps_its_spike_and_its_end() -> None:
     assert (732.1, 0.0) in places and "nan" not in drawing
 
 
-def test_dot_plot_and_bar_survive_gaps() -> None:
-    rows = [Interval("de", math.nan, math.nan, math.nan, "GAP"), Interval("fr", 0.5, 0.4, 0.6, "0.5", 0.25)]
-    drawing = dot_plot("accuracy", rows, axis([0, 1]))
-    assert drawing.count("<circle") == drawing.count('class="interval"') == 1
-    assert "<rect" not in bar(None, None, 0.0) and 'width="50.00%"' in bar(0.2, None, 0.4)
+def test_rows_and_bars_survive_gaps() -> None:
+    drawing = CHARTS.dot_row(0, axis([0, 1]), "de", math.nan, math.nan, math.nan, "GAP")
+    drawing += CHARTS.dot_row(1, axis([0, 1]), "fr", 0.5, 0.4, 0.6, "0.5", 0.25)
+    assert drawing.count("<circle") == drawing.count('class="interval"') == drawing.count('class="plan"') == 1
+    assert "<rect" not in CHARTS.bar(None, None, 0.0) and 'width="50.00%"' in CHARTS.bar(0.2, None, 0.4)
 
 
-def test_numbers_read_as_people_write_them() -> None:
-    assert (count(983_040), count(1.5e9), count(None)) == ("983,040", "1.5B", "GAP: not recorded")
-    assert (short(80_000), short(0.25), short(999_960)) == ("80k", "0.25", "1M")
-    assert (fixed(-0.5), fixed(math.nan)) == ("−0.50", "GAP: not a finite number")
-    assert (percent(0.4137), change(4.0, 1.0), change(0.0, 1.0)[:3]) == ("41.4 %", "−75.0 %", "GAP")
-    assert (short(3.19e18), short(9.4e12), short(0.0), short(-1500.0)) == ("3.19e18", "9.4T", "0", "−1.5k")
-    assert moment(1_764_000_000) == "2025-11-24 16:00 UTC" and moment(None).startswith("GAP")
+def test_a_curve_without_a_finite_value_is_not_drawn() -> None:
+    drawing = CHARTS.panel("loss", [([(0.0, math.nan)], "main")], Frame(axis([0, 1]), axis([]), 58))
+    assert "<path" not in drawing and "<circle" not in drawing

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from configs.compose import compose
+from configs.enums import Packing
 from configs.errors import UserError
 from data.loader import Samples
 from data.order import OrderHash
@@ -99,11 +100,11 @@ def files(run_dir, step):
     return read_manifest(run_dir / "checkpoints" / f"step-{step:09d}")["files"]
 
 
-def order_hash(corpus, phases, positions):
+def order_hash(corpus, phases, positions, packing=Packing.concat):
     """The proof of having consumed just these positions, computed without loader and loop."""
-    samples, proof = Samples(corpus, phases, SEQ_LEN, SEED), OrderHash(3)
+    samples, proof = Samples(corpus, phases, SEQ_LEN, SEED, packing), OrderHash(3)
     found = samples.order.locate(positions)
-    proof.add(positions, found.sample_id, found.language, SEQ_LEN)
+    proof.add(positions, found.sample_id, found.part, SEQ_LEN)
     return proof.hex
 
 

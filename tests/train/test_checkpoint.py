@@ -302,7 +302,7 @@ def test_elements_that_no_file_holds_are_missed(tmp_path):
 
 NUMBERS = st.integers(0, 2**63 - 1)
 FLOATS = st.floats(allow_nan=False)
-BY_LANGUAGE = st.dictionaries(st.text("abc", min_size=1), NUMBERS)
+BY_NAME = st.dictionaries(st.text("abc", min_size=1), NUMBERS)
 
 
 @given(
@@ -312,8 +312,8 @@ BY_LANGUAGE = st.dictionaries(st.text("abc", min_size=1), NUMBERS)
         **dict.fromkeys(("lr", "flops", "device_s"), FLOATS),
         order_state=st.lists(st.integers(-(2**63), 2**63 - 1)),
         order_hash=st.text(),
-        consumed=BY_LANGUAGE,
-        phases=st.lists(st.builds(Phase, NUMBERS, st.dictionaries(st.text(), FLOATS), BY_LANGUAGE)),
+        **dict.fromkeys(("consumed", "consumed_by_source", "consumed_by_part"), BY_NAME),
+        phases=st.lists(st.builds(Phase, NUMBERS, BY_NAME)),
         skipped=st.lists(st.tuples(NUMBERS, NUMBERS)),
         losses=st.lists(FLOATS),
         skipped_steps=st.lists(NUMBERS),
@@ -337,4 +337,4 @@ def test_another_identity_or_format_is_refused(tmp_path):
     with pytest.raises(UserError) as refusal:
         require_identity(path, IDENTITY)
     assert refusal.value.found == f"{path.name} has format 1"
-    assert refusal.value.rule == "this version of Marathon reads format 2" and refusal.value.repair
+    assert refusal.value.rule == "this version of Marathon reads format 3" and refusal.value.repair

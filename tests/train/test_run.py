@@ -11,9 +11,12 @@ from functools import partial
 import numpy as np
 import pytest
 
+from configs.enums import Packing
+from configs.errors import EXIT_UNFINISHED
 from data.loader import Samples
 from data.manifest import Manifest
-from data.order import Phase
+from data.order import CYCLE, Phase
+from data.packing import build_packing, record_packing
 from ledger.record import Ledger
 from model.weights import list_checkpoints
 from tests.train.ranks import start_ranks
@@ -33,7 +36,7 @@ from tests.train.runs import (
     stop_after,
     train,
 )
-from train.faults import EXIT_SAVED, RunLock
+from train.faults import RunLock
 
 TWELVE = (steps(12), "train.save_every_steps=4")
 
@@ -57,11 +60,11 @@ def test_worlds_and_stages_may_change_on_the_way(tmp_path, corpus):
         last = world_size == 3
         settings = f"engine.zero_stage={stage}", "train.self_test=true"
         told = train(moving, corpus, *settings, world_size=world_size, faults=() if last else (partial(stop_after, 5),))
-        assert told.status == (0 if last else EXIT_SAVED), told.text
+        assert told.status == (0 if last else EXIT_UNFINISHED), told.text
     assert train(alone, corpus).status == 0
     assert [record["layout"]["world_size"] for record in events(moving, "self_test")] == [4, 2, 1, 3]
     moved, expected = progress(moving, 20), progress(alone, 20)
-    for key in ("step", "updates", "tokens", "order_state", "order_hash", "consumed", "flops", "phases"):
+    for key in ("step", "updates", "tokens", "order_state", "order_hash", "consumed_by_part", "flops", "phases"):
         assert moved[key] == expected[key], key
     assert moved["order_hash"] == order_hash(corpus, [Phase(**p) for p in moved["phases"]], range(20 * SEQS))
     found, expected = losses(moving), losses(alone)
@@ -71,7 +74,7 @@ def test_worlds_and_stages_may_change_on_the_way(tmp_path, corpus):
 
 def test_the_mixture_may_change_in_mid_run_and_back(tmp_path, corpus, undisturbed):
     run_dir, other = tmp_path, ("mixture.rule=weights", "mixture.weights={de:3,el:1}")
-    assert train(run_dir, corpus, *TWELVE, world_size=2, faults=(partial(stop_after, 4),)).status == EXIT_SAVED
+    assert train(run_dir, corpus, *TWELVE, world_size=2, faults=(partial(stop_after, 4),)).status == EXIT_UNFINISHED
     assert files(run_dir, 4) == files(undisturbed, 4)
     changed = train(run_dir, corpus, *TWELVE, *other, world_size=2, faults=(partial(stop_after, 3),))
     assert "the mixture changes at position 48" in changed.text
@@ -83,22 +86,62 @@ def test_the_mixture_may_change_in_mid_run_and_back(tmp_path, corpus, undisturbe
     first, second, third = (Phase(**phase) for phase in progress(run_dir, 12)["phases"])
     assert [phase.from_position for phase in (first, second, third)] == [0, 48, 108]
     assert [record["from_position"] for record in events(run_dir, "mixture_phase")] == [48, 108]
-    assert second.shares == {"de": 0.75, "el": 0.25}
-    assert third.shares == first.shares == {"de": 1 / 3, "el": 1 / 3, "mt": 1 / 3}
-    # A language goes on where it stood, and only those drawn are seen.
+    assert second.slots == {"de/udhr": CYCLE * 3 // 4, "el/udhr": CYCLE // 4}
+    assert third.slots == first.slots and sorted(first.slots.values()) == [87_381, 87_381, 87_382]
+    # Only what is drawn is seen, and counted by language, source and both.
     samples = Samples(corpus, [first, second, third], SEQ_LEN, SEED)
-    drawn = np.array(samples.languages)[samples.order.locate(range(12 * SEQS)).language]
-    for phase in (second, third):
-        assert phase.visits == {lang: int((drawn[: phase.from_position] == lang).sum()) for lang in ("de", "el", "mt")}
-    assert set(drawn[48:108]) == {"de", "el"}
+    drawn = np.array(samples.parts)[samples.order.locate(range(12 * SEQS)).part]
+    assert set(drawn[48:108]) == {"de/udhr", "el/udhr"}
+    last = progress(run_dir, 12)
+    by_part = {part: int((drawn == part).sum()) * SEQ_LEN for part in samples.parts}
+    assert last["consumed_by_part"] == by_part and last["consumed_by_source"] == {"udhr": 12 * SEQS * SEQ_LEN}
+    assert last["consumed"] == {part[:2]: tokens for part, tokens in by_part.items()}
     assert progress(run_dir, 12)["order_hash"] == order_hash(corpus, [first, second, third], range(12 * SEQS))
     assert progress(run_dir, 12)["order_hash"] != progress(undisturbed, 12)["order_hash"]
     assert list(losses(run_dir)) == list(range(1, 13))
 
 
+def test_a_phase_to_come_takes_over_where_it_was_planned(tmp_path, corpus):
+    """Also where the run is stopped before and after; its losses are not compared with those of the phase before."""
+    begin = 8 * SEQS * SEQ_LEN
+    phases = f"mixture.phases=[{{from_tokens: {begin}, rule: weights, weights: {{mt: 1}}, max_epochs: 1000}}]"
+    for n_steps in (5, 4):
+        told = train(tmp_path, corpus, *TWELVE, phases, faults=(partial(stop_after, n_steps),))
+        assert told.status == EXIT_UNFINISHED and f"mixture from {begin:,} tokens on, by weights" in told.text, (
+            told.text
+        )
+    assert [len(progress(tmp_path, step)["losses"]) for step in (5, 9)] == [5, 1]
+    told = train(tmp_path, corpus, *TWELVE, phases, world_size=2)
+    assert told.status == 0 and not events(tmp_path, "mixture_phase")
+    last = progress(tmp_path, 12)
+    assert [phase["from_position"] for phase in last["phases"]] == [0, 8 * SEQS]
+    assert last["order_hash"] == order_hash(corpus, [Phase(**p) for p in last["phases"]], range(12 * SEQS))
+    assert last["consumed"]["mt"] > 4 * SEQS * SEQ_LEN
+    planned = events(tmp_path, "mixture")[0]
+    assert planned["rule"] == "unimax, then weights" and len(planned["phases"]) == 2
+    assert sum(row["tokens"] for row in planned["rows"]) == pytest.approx(12 * SEQS * SEQ_LEN, abs=3)
+
+
+def test_a_run_reads_packed_sequences_once_the_corpus_has_them(tmp_path, corpus):
+    settings = *TWELVE, "mixture.packing=best_fit"
+    told = train(tmp_path / "refused", corpus, *settings)
+    assert told.status is None and "has not been made" in told.text and "marathon data" in told.text
+    packed = shutil.copytree(corpus, tmp_path / "corpus")
+    for entry in Manifest.load(packed).shards:
+        build_packing(packed / entry.stem, SEQ_LEN)
+    record_packing(packed, SEQ_LEN)
+    assert train(tmp_path / "run", packed, *settings, faults=(partial(stop_after, 5),)).status == EXIT_UNFINISHED
+    assert train(tmp_path / "run", packed, *settings, world_size=2).status == 0
+    found, last = losses(tmp_path / "run"), progress(tmp_path / "run", 12)
+    assert len(found) == 12 and found[12] < found[1] - 0.4
+    phases = [Phase(**phase) for phase in last["phases"]]
+    assert last["order_hash"] == order_hash(packed, phases, range(12 * SEQS), Packing.best_fit)
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
+        (["mixture.packing=best_fit"], "packing is best_fit, the checkpoint step-000000001 was trained with concat"),
         (["train.seq_len=128"], "seq_len is 128, the checkpoint step-000000001 was trained with 64"),
         (["seed=2"], "seed is 2, the checkpoint step-000000001 was trained with 1"),
     ],
@@ -124,7 +167,7 @@ def test_another_corpus_cannot_take_the_place_of_the_first(begun, corpus, tmp_pa
 def begun(tmp_path_factory, corpus):
     """A run that was stopped after its first step."""
     run_dir = tmp_path_factory.mktemp("begun")
-    assert train(run_dir, corpus, *TWELVE, faults=(partial(stop_after, 1),)).status == EXIT_SAVED
+    assert train(run_dir, corpus, *TWELVE, faults=(partial(stop_after, 1),)).status == EXIT_UNFINISHED
     return run_dir
 
 
@@ -183,7 +226,7 @@ def test_a_second_spike_before_the_next_checkpoint_keeps_what_the_first_left_out
     # Steps 1 to 7, back to 5, 6 to 8, back to 5, 6 to 20.
     settings = steps(12), "faults.spike_skip_steps=1"
     told = train(tmp_path, corpus, *settings, faults=(partial(spike, 7, 10), partial(stop_after, 16)))
-    assert told.status == EXIT_SAVED, told.text
+    assert told.status == EXIT_UNFINISHED, told.text
     skipped = [[6 * SEQS, 7 * SEQS], [8 * SEQS, 9 * SEQS]]
     assert [record["left_out_positions"] for record in events(tmp_path, "rewind")] == skipped
     assert progress(tmp_path, 11)["skipped"] == skipped
@@ -205,10 +248,10 @@ def test_what_is_left_out_twice_is_one_range_and_no_more_than_since_the_checkpoi
 def test_a_phase_outlives_a_rewind_to_before_it(tmp_path, corpus):
     """The checkpoint gone back to was saved under the first mixture; those that follow know of the second."""
     other = "mixture.rule=weights", "mixture.weights={mt:1}"
-    assert train(tmp_path, corpus, steps(8), faults=(partial(stop_after, 4),)).status == EXIT_SAVED
+    assert train(tmp_path, corpus, steps(8), faults=(partial(stop_after, 4),)).status == EXIT_UNFINISHED
     settings = steps(8), "train.save_every_steps=8", *other, "faults.spike_skip_steps=1"
     told = train(tmp_path, corpus, *settings, faults=(partial(spike, 2), partial(stop_after, 5)))
-    assert told.status == EXIT_SAVED, told.text
+    assert told.status == EXIT_UNFINISHED, told.text
     assert [phase["from_position"] for phase in progress(tmp_path, 7)["phases"]] == [0, 48]
     assert "the mixture changes" not in train(tmp_path, corpus, *settings).text
     last = progress(tmp_path, 8)
@@ -276,7 +319,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(tmp_path, corpus)
     assert len(last["losses"]) == 7
 
     settings, halt = (steps(8), "train.log_every_steps=4"), (partial(not_finite, 3, rank=1), partial(stop_after, 4))
-    assert train(parts, corpus, *settings, world_size=2, faults=halt).status == EXIT_SAVED
+    assert train(parts, corpus, *settings, world_size=2, faults=halt).status == EXIT_UNFINISHED
     assert progress(parts, 4)["updates"] == 3
     assert losses(parts)[4] == pytest.approx(np.mean([losses(whole)[step] for step in (1, 2, 4)]), rel=1e-3)
     assert train(parts, corpus, *settings, world_size=2).status == 0
@@ -312,7 +355,7 @@ def damage(corpus, how):
 def test_a_damaged_corpus_is_told_before_the_first_step(tmp_path, corpus, how, is_first_start):
     here, run_dir = copy_of(corpus, tmp_path), tmp_path / "run"
     if not is_first_start:
-        assert train(run_dir, here, steps(8), faults=(partial(stop_after, 1),)).status == EXIT_SAVED
+        assert train(run_dir, here, steps(8), faults=(partial(stop_after, 1),)).status == EXIT_UNFINISHED
     named = damage(here, how)
     told = train(run_dir, here, steps(8), world_size=2)
     assert told.status is None
@@ -329,9 +372,9 @@ def never_hash():
 
 def test_a_corpus_is_hashed_once_for_as_long_as_it_is_unchanged(tmp_path, corpus):
     here, run_dir = copy_of(corpus, tmp_path), tmp_path / "run"
-    assert train(run_dir, here, steps(8), world_size=2, faults=(partial(stop_after, 1),)).status == EXIT_SAVED
+    assert train(run_dir, here, steps(8), world_size=2, faults=(partial(stop_after, 1),)).status == EXIT_UNFINISHED
     stop_unhashed = never_hash, partial(stop_after, 1)
-    assert train(run_dir, here, steps(8), world_size=2, faults=stop_unhashed).status == EXIT_SAVED
+    assert train(run_dir, here, steps(8), world_size=2, faults=stop_unhashed).status == EXIT_UNFINISHED
     [verified] = events(run_dir, "corpus_verified")
     assert verified["files"] == len(verified["marks"]) > 9
     shard = next((here / "shards").rglob("*.bin"))
@@ -347,7 +390,7 @@ def test_a_run_saves_before_its_job_ends(tmp_path, corpus):
     """Half a minute before, with the real margin; the checkpoint is one to go on from."""
     ends_at = time.time() + 34
     told = train(tmp_path, corpus, "train.tokens=7680000", world_size=2, faults=(partial(job_ends, ends_at),))
-    assert told.status == EXIT_SAVED
+    assert told.status == EXIT_UNFINISHED
     assert time.time() < ends_at - 20
     [stop] = events(tmp_path, "train_stop")
     assert stop["reason"] == "the end of the job's time"
@@ -375,11 +418,11 @@ def test_one_process_at_a_time_trains_a_run(begun, corpus):
     assert "is being trained by another process" in told.text
     assert (begun / "ledger.jsonl").read_text() == before
     del lock
-    assert train(begun, corpus, *TWELVE, faults=(wait_little, partial(stop_after, 1))).status == EXIT_SAVED
+    assert train(begun, corpus, *TWELVE, faults=(wait_little, partial(stop_after, 1))).status == EXIT_UNFINISHED
 
 
 def test_a_damaged_checkpoint_is_told_and_the_run_ends_the_same(tmp_path, corpus, undisturbed):
-    assert train(tmp_path, corpus, *TWELVE, world_size=2, faults=(partial(stop_after, 8),)).status == EXIT_SAVED
+    assert train(tmp_path, corpus, *TWELVE, world_size=2, faults=(partial(stop_after, 8),)).status == EXIT_UNFINISHED
     spoilt = tmp_path / "checkpoints/step-000000008/rank-00001.safetensors"
     content = bytearray(spoilt.read_bytes())
     content[-1] ^= 1

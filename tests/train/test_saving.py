@@ -70,14 +70,14 @@ def test_a_checkpoint_is_told_with_what_it_holds(tmp_path, alone):
     told = []
     saver = Saver(tmp_path, Weights(1), alone, IDENTITY, (1, 0), told.append)
     for step in (0, 4, 8):
-        saver.begin(Progress(step=step, tokens=step * 7, order_hash=f"hash {step}", consumed={"de": step}))
+        consumed = {"consumed": {"de": step}, "consumed_by_source": {"web": step}, "consumed_by_part": {"de/web": step}}
+        saver.begin(Progress(step=step, tokens=step * 7, order_hash=f"hash {step}", **consumed))
         saver.finish()
     assert steps_of(tmp_path) == [0, 8]
     assert told == [f"saved step-{step:09d}" for step in (0, 4, 8)]
     last = Ledger(tmp_path).last("checkpoint")
-    facts = {key: last[key] for key in ("name", "step", "tokens", "order_hash", "consumed")}
-    expected = {"name": "step-000000008", "step": 8, "tokens": 56, "order_hash": "hash 8", "consumed": {"de": 8}}
-    assert facts == expected
+    expected = {"name": "step-000000008", "step": 8, "tokens": 56, "order_hash": "hash 8", **consumed}
+    assert {key: last[key] for key in expected} == expected
     assert 0 <= last["blocked_s"] <= last["written_s"] <= saver.slowest_s + 1e-3
 
 

@@ -1,0 +1,168 @@
+"""Which documents are copies of others, from hashes that stand beside the documents.
+
+However documents are spread over files, and in whatever order the files come, the same ones go: of copies the one of
+the best licence stays, and of these the one whose hash of source and id is lowest.
+
+The hashes of a file of n documents are a .npy file, uint64[5 or 19, n], a column for each document in their order:
+
+    row 0        rank: place of its licence among those of the config, in 8 bits, and 56 bits of row 1
+    rows 1, 2    xxh3-128 of source, a zero byte and id, the high half first
+    rows 3, 4    exact hash of its text
+    rows 5 … 18  its 14 bands, if near copies are looked for; data/minhash.py says what they are
+
+Memory: 22 bytes for each document of a group, and 90 for each of `ROWS_AT_ONCE`, which is 3 GB. Documents with like
+hashes are met range by range of hashes, each range a pass over the files. There is more to hold only where a single
+hash is that of more documents than that.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.text import DedupConfig
+from data.minhash import Hashes, text_hashes
+
+ROWS_AT_ONCE = 1 << 25
+
+Rows = NDArray[np.int64]
+
+_RANK, _ID, _TEXT, _FIRST_BAND = 0, slice(1, 3), slice(3, 5), 5
+
+
+class Copies(NamedTuple):
+    """What there is of copies in one file, as numbers of rows in ascending order."""
+
+    exact: Rows
+    """Rows that go even where only exact copies are looked for."""
+    near: Rows
+    """Rows that go as near copies."""
+    kept: Rows
+    """Rows that stay for others."""
+    n_alike: Rows
+    """For each row of `kept`: how many documents it stands for, itself included."""
+
+
+def document_hashes(
+    source: str, ids: Sequence[str], licences: Sequence[str], texts: Sequence[str], cfg: DedupConfig
+) -> Hashes:
+    """uint64[3, 5 or 19, n]: the columns of some documents of one source. Licences that the config lacks come last."""
+    digests = b"".join(xxhash.xxh3_128_digest(f"{source}\0{doc_id}".encode()) for doc_id in ids)
+    identity = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
+    places = {licence: place for place, licence in enumerate(cfg.licence_order[:255])}
+    tiers = np.array([places.get(licence, 255) for licence in licences], np.uint64)
+    rank = tiers << np.uint64(56) | identity[0] >> np.uint64(8)
+    of_texts = [text_hashes(texts, cfg.near)] if cfg.exact or cfg.near else []
+    return np.concatenate([rank[None], identity, *of_texts])
+
+
+def write_columns(path: Path, blocks: Sequence[NDArray[Any]]) -> None:
+    """Writes blocks [k, m] side by side as one .npy file, complete or absent."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as file:
+        np.save(file, np.concatenate(blocks, axis=1), allow_pickle=False)
+    os.replace(beside, path)
+
+
+def find_repeated_ids(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
+    """By file, the rows whose source and id an earlier row has too, in the order of the files as given."""
+    spans, n = _spans(files)
+    is_repeated = np.zeros(n, bool)
+    for _, later in _alike(spans, _ID, np.ones(n, bool)):
+        is_repeated[later] = True
+    for path, span in spans.items():
+        yield path, np.flatnonzero(is_repeated[span])
+
+
+def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tuple[Path, Copies]]:
+    """By file, the copies among the documents of all files: those of a language, as a rule.
+
+    Rows of `gone` are left out for other reasons: nothing is a copy of them. Near copies are looked for where the files
+    have bands. Raises `UserError` where a file is damaged or not like the others.
+    """
+    spans, n = _spans(files)
+    rank, is_there, best = np.empty(n, np.uint64), np.ones(n, bool), np.arange(n)
+    for path, span in spans.items():
+        rank[span] = _read(path)[_RANK]
+        is_there[span][gone.get(path, np.zeros(0, np.int64))] = False
+    _join(best, rank, _alike(spans, _TEXT, is_there))
+    goes_as_exact, n_alike = np.zeros(n, bool), np.zeros(n, np.uint32)
+    for span in spans.values():
+        goes_as_exact[span] = _heads(best, _rows(span)) != _rows(span)
+    for band in range(_FIRST_BAND, len(_read(files[0]))):
+        _join(best, rank, _alike(spans, slice(band, band + 1), is_there))
+    for span in spans.values():
+        np.add.at(n_alike, _heads(best, _rows(span)), 1)
+    for path, span in spans.items():
+        kept = np.flatnonzero(n_alike[span] > 1)
+        near = np.flatnonzero((best[span] != _rows(span)) & ~goes_as_exact[span])
+        yield path, Copies(np.flatnonzero(goes_as_exact[span]), near, kept, n_alike[span][kept].astype(np.int64))
+
+
+def _spans(files: Sequence[Path]) -> tuple[dict[Path, slice], int]:
+    """Which numbers the rows of each file have within the group, and how many there are."""
+    spans, end = {}, 0
+    for path in files:
+        height, width = _read(path).shape
+        if height != len(_read(files[0])):
+            raise _damaged(path, f"{height} numbers for each document, and {files[0]} has {len(_read(files[0]))}")
+        spans[path] = slice(end, end := end + width)
+    return spans, end
+
+
+def _rows(span: slice) -> Rows:
+    return np.arange(span.start, span.stop)
+
+
+def _read(path: Path) -> Hashes:
+    try:
+        found: Hashes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from None
+    return found
+
+
+def _damaged(path: Path, found: str) -> UserError:
+    repair = "remove its folder: it is made anew"
+    return UserError(f"{path}: {found}", "hashes stand whole beside the documents they were made from", repair)
+
+
+def _alike(spans: Mapping[Path, slice], key: slice, is_there: NDArray[np.bool_]) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs of rows with the same `key`, by range: (rows, later rows), each row with the next that is like it."""
+    step = 2**64 // (len(is_there) // ROWS_AT_ONCE + 1) + 1
+    for low in range(0, 2**64, step):
+        rows, keys = [np.zeros(0, np.int64)], []
+        for path, span in spans.items():
+            columns = _read(path)[key]
+            found = np.flatnonzero((columns[0] >= low) & (columns[0] <= min(low + step, 2**64) - 1) & is_there[span])
+            rows.append(found + span.start)
+            keys.append(columns[:, found])
+        row, hashes = np.concatenate(rows), np.concatenate(keys, axis=1)
+        order = np.lexsort(hashes[::-1])
+        row, hashes = row[order], hashes[:, order]
+        is_like_next = (hashes[:, 1:] == hashes[:, :-1]).all(axis=0)
+        yield row[:-1][is_like_next], row[1:][is_like_next]
+
+
+def _join(best: Rows, rank: Hashes, pairs: Iterable[tuple[Rows, Rows]]) -> None:
+    """Puts the two of each pair under one head, the lower in rank; `best` leads from each row towards its head."""
+    for one, other in pairs:
+        while len(one):
+            one, other = _heads(best, one), _heads(best, other)
+            one, other = one[one != other], other[one != other]
+            is_first = (rank[one] < rank[other]) | ((rank[one] == rank[other]) & (one < other))
+            # Of several heads that one could come under, some one is taken; what is left is done in the next round.
+            best[np.where(is_first, other, one)] = np.where(is_first, one, other)
+
+
+def _heads(best: Rows, rows: Rows) -> Rows:
+    heads = best[rows]
+    while not np.array_equal(higher := best[heads], heads):
+        heads = higher
+    best[rows] = heads
+    return heads

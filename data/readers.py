@@ -1,0 +1,229 @@
+"""Formats of sources → records: one function for each format, which reads one file.
+
+A record that cannot be decoded comes with the reason and is never fatal; no record takes more memory than
+`MAX_RECORD_BYTES` allows. A file that is damaged, cut off or of another kind raises `UserError`.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from configs.errors import UserError
+from configs.text import SourceConfig
+from data import files
+from data.files import InputFile, read_lines, readable
+from data.shards import MAGIC
+
+PARQUET_ROWS = 128
+"""Rows decoded together, fewer where they are long."""
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""Codes of Megatron's index for whole numbers; 6 and 7 are floating point."""
+
+
+class Record(NamedTuple):
+    """What a reader found at a place: the decoded value, or what can be shown of it and why it could not be decoded."""
+
+    location: str
+    value: Any
+    problem: str = ""
+
+
+def read_jsonl(source: SourceConfig, file: InputFile) -> Iterator[Record]:
+    """One record a line; blank lines are none."""
+    for number, line in enumerate(read_lines(file.path), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line and not line.isspace():
+            yield _decode_line(f"{file.name}:{number}", line)
+
+
+def read_text(source: SourceConfig, file: InputFile) -> Iterator[Record]:
+    """The file is one record."""
+    with readable(str(file.path)), file.path.open("rb") as handle:
+        content = handle.read(files.MAX_RECORD_BYTES + 1)
+    if len(content) > files.MAX_RECORD_BYTES:
+        yield Record(file.name, show(content), "text_too_long")
+        return
+    try:
+        yield Record(file.name, {source.text_field: content.decode("utf-8-sig")})
+    except UnicodeDecodeError:
+        yield Record(file.name, show(content), "invalid_utf8")
+
+
+def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
+    """One record a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row, group = 0, 0
+    with readable(str(file.path)):
+        handle = file.path.open("rb")
+    try:
+        with handle, pq.ParquetFile(handle) as table:
+            _require_columns(file.path, table.schema_arrow.names, source)
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(_rows_at_a_time(table.metadata.row_group(group)), [group]):
+                    for record in _rows(batch):
+                        row += 1
+                        yield record._replace(location=f"{file.name}:{row}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file.path}: {error} (row group {group}, after {row} rows)",
+            "a source is read whole or not at all",
+            "fetch or write the file again, or correct the format of the source",
+        ) from None
+
+
+def read_megatron(source: SourceConfig, file: InputFile) -> Iterator[Record]:
+    """One record a document of a `.bin` with its `.idx`, of whole-number tokens, in one sequence or several."""
+    pieces = _load_tokenizer(source.tokenizer)
+    control = [i for i in range(len(pieces)) if pieces.is_control(i)]
+    try:
+        for row, tokens in enumerate(_token_documents(file.path), 1):
+            location, problem = f"{file.name}:{row}", ""
+            if len(tokens) > files.MAX_RECORD_BYTES:
+                problem = "text_too_long"
+            elif len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(pieces):
+                problem = "token_not_in_vocabulary"
+            elif pieces.unk_id() in tokens:
+                problem = "token_unknown"  # whatever stood there is lost
+            if problem:
+                yield Record(location, str(tokens[:50].tolist()), problem)
+            else:
+                yield Record(location, {source.text_field: pieces.decode(tokens[~np.isin(tokens, control)].tolist())})
+    except (OSError, ValueError, struct.error) as error:
+        raise UserError(
+            f"{file.path} with its .idx: {error}",
+            "a source is read whole or not at all; megatron stands for token files with an index of version 1",
+            "fetch or write both files again, or correct the format of the source",
+        ) from None
+
+
+def read_hub(source: SourceConfig, file: InputFile) -> Iterator[Record]:
+    """Records of a local folder (either layout of `datasets`), or streamed from the hub at a fixed commit."""
+    import datasets
+
+    try:
+        for number, value in enumerate(_open_dataset(datasets, source, file.path), 1):
+            yield Record(f"{file.name}:{number}", value)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{source.path}: {error}",
+            "a hub source is a dataset that `datasets` can open, with the config and split named",
+            "correct path, hub_config, hub_split or hub_revision",
+        ) from None
+
+
+def show(content: bytes) -> str:
+    """The beginning of raw content, fit to be printed."""
+    return content[:1000].decode(errors="backslashreplace")
+
+
+def _decode_line(location: str, line: bytes) -> Record:
+    try:
+        if len(line) <= files.MAX_RECORD_BYTES:
+            return Record(location, orjson.loads(line))
+        problem = "line_too_long"
+    except orjson.JSONDecodeError:
+        # Python's own parser takes what orjson refuses: NaN, infinity, and halves of surrogate pairs.
+        try:
+            value = json.loads(line.decode())
+            json.dumps(value, ensure_ascii=False).encode()
+            return Record(location, value)
+        except UnicodeDecodeError:
+            problem = "invalid_utf8"
+        except UnicodeEncodeError:
+            problem = "lone_surrogate"
+        except (ValueError, RecursionError):
+            problem = "not_json"
+    return Record(location, show(line), problem)
+
+
+def _require_columns(path: Path, columns: list[str], source: SourceConfig) -> None:
+    wanted = [source.text_field] if source.lang else [source.text_field, source.lang_field]
+    if missing := [c for c in wanted if c not in columns]:
+        raise UserError(
+            f"{path}: no column {' and '.join(missing)}; there are {', '.join(columns)}",
+            "text_field, and lang_field unless the source has a lang, name columns of the file",
+            "correct text_field and lang_field, or give lang",
+        )
+
+
+def _rows_at_a_time(group: Any) -> int:
+    bytes_per_row = group.total_byte_size // max(group.num_rows, 1) + 1
+    return int(min(max(files.MAX_RECORD_BYTES // bytes_per_row, 1), PARQUET_ROWS))
+
+
+def _rows(batch: Any) -> Iterator[Record]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # one bad value spoils the conversion of all: go one by one
+        problem = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "value_unreadable"
+        for i in range(batch.num_rows):
+            yield from _rows(batch.slice(i, 1)) if batch.num_rows > 1 else [Record("", str(error), problem)]
+        return
+    for value in rows:
+        yield Record("", value)
+
+
+def _token_documents(path: Path) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """Tokens of each document, through the page cache. Raises `ValueError` where the index is not one of the tokens."""
+    index, n_bytes = path.with_suffix(".idx"), path.stat().st_size
+    with index.open("rb") as file:
+        magic, version, code, n_sequences, n_ends = _INDEX_HEADER.unpack(file.read(_INDEX_HEADER.size))
+    if (magic, version) != (MAGIC, 1) or code not in _TOKEN_TYPES or n_ends < 1:
+        raise ValueError("not an index of whole-number tokens")
+    at, dtype = _INDEX_HEADER.size, np.dtype(_TOKEN_TYPES[code])
+    if index.stat().st_size < at + 12 * n_sequences + 8 * n_ends:
+        raise ValueError("the index is cut off")
+    lengths = np.memmap(index, "<i4", "r", at, (n_sequences,)) if n_sequences else np.zeros(0, "<i4")
+    offsets = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,)) if n_sequences else lengths
+    ends = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_ends,))
+    content = np.memmap(path, np.uint8, "r") if n_bytes else np.zeros(0, np.uint8)
+    first = int(ends[0])
+    for end in map(int, ends[1:]):
+        parts = []
+        if not 0 <= first <= end <= n_sequences:
+            raise ValueError(f"a document from sequence {first} to {end}, of {n_sequences}")
+        for start, n_tokens in zip(offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True):
+            if min(start, n_tokens) < 0 or start + n_tokens * dtype.itemsize > n_bytes:
+                raise ValueError(f"{n_tokens} tokens from byte {start}, of {n_bytes}")
+            parts.append(content[start : start + n_tokens * dtype.itemsize].view(dtype))
+        yield np.concatenate(parts) if parts else np.zeros(0, dtype)
+        first = end
+
+
+def _load_tokenizer(path: str) -> Any:
+    import sentencepiece
+
+    with readable(path):
+        content = Path(path).read_bytes()
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: {error}",
+            "tokens of a megatron source are decoded with the sentencepiece model that made them",
+            "corpus.sources.NAME.tokenizer=PATH of that tokenizer.model",
+        ) from None
+
+
+def _open_dataset(datasets: Any, source: SourceConfig, path: Path) -> Any:
+    if any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
+        found = datasets.load_from_disk(source.path)
+        return found[source.hub_split] if isinstance(found, dict) else found
+    # Streaming reads the files where they are; otherwise a copy of the corpus would land in a cache.
+    return datasets.load_dataset(
+        source.path,
+        source.hub_config or None,
+        split=source.hub_split,
+        revision=None if path.is_dir() else source.hub_revision,
+        streaming=True,
+    )

@@ -1,0 +1,162 @@
+"""Whose text is left out: opt-outs by domain or address, by document id, and by robots.txt, also after the crawl.
+
+Hosts are compared without case, port, `www.` and trailing dot, in their ASCII form. A host without robots.txt permits
+everything, as does one whose robots.txt is none; of several for one host the newest counts.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import orjson
+from protego import Protego
+
+from configs.errors import UserError
+from configs.text import OptOutConfig
+from data.files import InputFile, find_files, read_lines, sha256
+from data.sources import Document
+from data.warc import Robots, read_robots
+
+_ADDRESS = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?(\[[^]]*\]|[^/?#:]*)(?::\d*)?(.*)", re.I | re.S)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+# Protego forgives some misspellings of "disallow". What has none of them permits everything: half of all files.
+_DISALLOWS = re.compile(r"dis+al|diasl", re.IGNORECASE)
+_SITEMAP_OR_COMMENT = re.compile(r"^[ \t]*(?:#|sitemap).*\n?", re.IGNORECASE | re.MULTILINE)
+
+
+class ListFacts(NamedTuple):
+    """What the manifest tells of a list: its newest date, entries, and how many could not be read."""
+
+    file: str
+    sha256: str
+    date: str
+    n_entries: int
+    n_unreadable: int
+
+
+def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
+    """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; loads the lists.
+
+    Raises `UserError` where a list is missing or holds what is no entry.
+    """
+    ids = {entry for file in _files(cfg.ids) for entry in _entries(file)}
+    addresses = {_address(file, entry) for file in _files(cfg.domains) for entry in _entries(file)}
+    domains = {host for host, rest in addresses if rest in ("", "/")}
+    beginnings: dict[str, list[str]] = {}
+    for host, rest in addresses:
+        beginnings.setdefault(host, []).append(rest or "/")
+    rules, agents = _rules(tuple(cfg.robots)), tuple(cfg.agents)
+
+    def step(document: Document) -> str:
+        if document.id in ids:
+            return "opted_out_id"
+        host, rest = split_address(document.url)
+        if _is_within(host, domains) or any(map(rest.startswith, beginnings.get(host, ()))):
+            return "opted_out_domain"
+        return (
+            "" if host not in rules or _may_fetch(rules[host], f"http://{host}{rest}", agents) else "opted_out_robots"
+        )
+
+    return step
+
+
+def list_facts(cfg: OptOutConfig) -> list[ListFacts]:
+    """What is to be told of each list of the config, read for that; a date is one in a comment, or of a robots.txt."""
+    facts = []
+    for file in _files([*cfg.domains, *cfg.ids]):
+        comments = (line for line in _lines(file) if line.startswith("#"))
+        facts.append(ListFacts(file.name, sha256(file.path), _newest(comments), sum(1 for _ in _entries(file)), 0))
+    for file in _files(cfg.robots):
+        dates = [robots and robots.date for robots in _robots(file)]
+        n_bad = dates.count(None)
+        facts.append(ListFacts(file.name, sha256(file.path), _newest(filter(None, dates)), len(dates) - n_bad, n_bad))
+    return facts
+
+
+def split_address(url: str) -> tuple[str, str]:
+    """Host in the form that hosts are compared in, and what follows it; of an address with or without a scheme."""
+    host, rest = _ADDRESS.match(url).groups()  # type: ignore[union-attr]  # every part of the pattern may be empty
+    host = host.lower().rstrip(".").removeprefix("www.")
+    try:
+        return host if host.isascii() else host.encode("idna").decode(), rest
+    except UnicodeError:  # no name that could be looked up
+        return host, rest
+
+
+def _files(paths: Iterable[str]) -> list[InputFile]:
+    return [file for path in paths for file in find_files(path, ("",))]
+
+
+def _lines(file: InputFile) -> Iterator[str]:
+    for line in read_lines(file.path):
+        try:
+            yield line.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{file.path}: {line[:100]!r}", "a list is text in UTF-8", "write it so") from None
+
+
+def _entries(file: InputFile) -> Iterator[str]:
+    return (line for line in _lines(file) if line and not line.startswith("#"))
+
+
+def _newest(texts: Iterable[str]) -> str:
+    return max((date for text in texts for date in _DATE.findall(text)), default="GAP: no date in it")
+
+
+def _address(file: InputFile, entry: str) -> tuple[str, str]:
+    host, rest = split_address(entry.partition("#")[0].rstrip().removeprefix("*."))
+    if not host or " " in host:
+        rule = "a list of opt-outs has a domain or the beginning of an address in each line"
+        raise UserError(f"{file.path}: {entry!r}", rule, "example.org, or https://example.org/blog/")
+    return host, rest
+
+
+def _is_within(host: str, domains: set[str]) -> bool:
+    while host and host not in domains:
+        host = host.partition(".")[2]
+    return bool(host)
+
+
+@cache  # a step is built for every file that is read, in processes that live on
+def _rules(paths: tuple[str, ...]) -> dict[str, str]:
+    """The newest robots.txt of each host, those that permit everything left out; equal ones are kept once."""
+    newest: dict[str, tuple[str, str]] = {}
+    shared: dict[str, str] = {}
+    for robots in filter(None, (robots for file in _files(paths) for robots in _robots(file))):
+        rules = (
+            _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff")) if _DISALLOWS.search(robots.text) else ""
+        )
+        host, dated = split_address(robots.url)[0], (robots.date, shared.setdefault(rules, rules))
+        newest[host] = max(newest.get(host, dated), dated)
+    return {host: rules for host, (_, rules) in newest.items() if rules}
+
+
+def _robots(file: InputFile) -> Iterator[Robots | None]:
+    """What a file tells of robots.txt; None for an entry that is none."""
+    is_archive = re.search(r"\.warc(\.gz|\.zst)?$", file.name)
+    found = read_robots(file.path) if is_archive else map(_decode, filter(bytes.strip, read_lines(file.path)))
+    for robots in found:
+        # Many servers answer with a page for whatever is asked.
+        yield None if robots and robots.text.lstrip().startswith("<") else robots
+
+
+def _decode(line: bytes) -> Robots | None:
+    try:
+        record = orjson.loads(line)
+        robots = Robots(record["host"], record.get("date") or "", record["robots"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return robots if all(isinstance(value, str) for value in robots) else None
+
+
+def _may_fetch(rules: str, url: str, agents: tuple[str, ...]) -> bool:
+    try:
+        return all(_parse(rules).can_fetch(url, agent) for agent in agents)
+    except ValueError:  # of an address that is none
+        return True
+
+
+@lru_cache(maxsize=4096)
+def _parse(rules: str) -> Protego:
+    return Protego.parse(rules)

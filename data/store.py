@@ -1,0 +1,145 @@
+"""What stands in a folder of cleaned documents, and which of it counts.
+
+Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; `dropped/LANG.npz` the rows that are copies, and how many
+documents the others stand for; `questions.npz` the rows that hold what evaluations ask.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data.cleaning import SCHEMA
+from data.heldout import rank_of
+
+COMPLETE, QUESTIONS = "documents.json", "questions.npz"
+TEXT_COLUMN = SCHEMA.get_field_index("text")
+NO_ROWS = np.zeros(0, np.int64)
+
+
+class StoredFile(NamedTuple):
+    """Documents of one unit in one language and split."""
+
+    name: str
+    """Below the folder of the documents."""
+    source: str
+    language: str
+    split: str
+
+
+class Store:
+    """The documents of some units: in `work` while they are made, in `folder` when they are complete."""
+
+    def __init__(self, folder: Path, work: Path, units: list[str], without_questions: bool) -> None:
+        self.folder, self.work, self.units = folder, work, units
+        self._without_questions = without_questions
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is there."""
+        return (self.folder / COMPLETE).exists()
+
+    @property
+    def root(self) -> Path:
+        """Where its parts stand now."""
+        return self.folder if self.is_complete else self.work
+
+    def languages(self) -> list[str]:
+        """Languages of the documents that there are, sorted."""
+        return sorted({file.language for file in self.stored()})
+
+    def stored(self, source: str = "*", language: str = "*") -> list[StoredFile]:
+        """Files of documents in an order that only the inputs decide, by source and unit."""
+        units = [unit for unit in self.units if source in ("*", unit.split("/")[0])]
+        return [
+            StoredFile(path.relative_to(self.root).as_posix(), unit.split("/")[0], *path.stem.rsplit(".", 1))
+            for unit in units
+            for path in sorted((self.root / "units" / unit).glob(f"{language}.*.parquet"))
+        ]
+
+    def plan(self, shard_bytes: int) -> dict[str, list[tuple[str, int]]]:
+        """Which row groups of which files make up each shard of about `shard_bytes`, by the shard's name."""
+        shards: dict[str, list[tuple[str, int]]] = {}
+        filled: Counter[tuple[str, str, str]] = Counter()
+        for file in self.stored():
+            part = (file.language, file.source, file.split)
+            is_kept, start = self.is_kept(file), 0
+            metadata = pq.read_metadata(self.root / file.name)
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group)
+                share = float(np.mean(is_kept[start : start + rows.num_rows]))
+                start += rows.num_rows
+                if share:
+                    number = int(filled[part] // shard_bytes)
+                    shards.setdefault(f"{'.'.join(part)}.{number:05d}", []).append((file.name, group))
+                    filled[part] += round(rows.column(TEXT_COLUMN).total_uncompressed_size * share)
+        return shards
+
+    def read(self, groups: Iterable[tuple[str, int]], table_bytes: int) -> Iterator[pa.Table]:
+        """The documents of some row groups that are no copies, with `n_alike`: how many each stands for.
+
+        Tables have about `table_bytes` of text.
+        """
+        tables: list[pa.Table] = []
+        for rows in self._row_groups(groups):
+            tables.append(rows)
+            if sum(table.nbytes for table in tables) >= table_bytes:
+                yield pa.concat_tables(tables)
+                tables = []
+        if tables:
+            yield pa.concat_tables(tables)
+
+    def _row_groups(self, groups: Iterable[tuple[str, int]]) -> Iterator[pa.Table]:
+        for name, group in groups:
+            file = stored_file(name)
+            with pq.ParquetFile(self.root / name) as parquet:
+                first = sum(parquet.metadata.row_group(i).num_rows for i in range(group))
+                rows = parquet.read_row_group(group)
+            here = slice(first, first + rows.num_rows)
+            rows = rows.append_column("n_alike", pa.array(self._n_alike(file)[here]))
+            # A document without text has been removed.
+            yield rows.filter(pa.array(self.is_kept(file)[here] & (rows["n_bytes"].to_numpy() > 0)))
+
+    def texts(self, language: str, split: str, max_bytes: int) -> Iterator[str]:
+        """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""
+        files = [file for file in self.stored(language=language) if file.split == split]
+        groups = [(f.name, g) for f in files for g in range(pq.read_metadata(self.root / f.name).num_row_groups)]
+        n_bytes = sum(
+            int(pq.read_table(self.root / f.name, columns=["n_bytes"])["n_bytes"].to_numpy().sum()) for f in files
+        )
+        for rows in self._row_groups(groups):
+            for doc_id, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True):
+                if n_bytes <= max_bytes or rank_of(doc_id) * n_bytes < max_bytes * 2**64:
+                    yield text
+
+    def is_kept(self, file: StoredFile) -> NDArray[np.bool_]:
+        """Which rows of a file are neither copies nor, where these are left out, text of evaluations."""
+        is_kept = np.ones(pq.read_metadata(self.root / file.name).num_rows, bool)
+        is_kept[read_array(self.root / "dropped" / f"{file.language}.npz", f"{file.name}/dropped")] = False
+        if self._without_questions and (self.root / QUESTIONS).exists():
+            is_kept[read_array(self.root / QUESTIONS, file.name)] = False
+        return is_kept
+
+    def _n_alike(self, file: StoredFile) -> NDArray[np.int32]:
+        path = self.root / "dropped" / f"{file.language}.npz"
+        n_alike = np.ones(pq.read_metadata(self.root / file.name).num_rows, np.int32)
+        n_alike[read_array(path, f"{file.name}/kept")] = read_array(path, f"{file.name}/n_alike")
+        return n_alike
+
+
+def stored_file(name: str) -> StoredFile:
+    """The file of that name."""
+    path = Path(name)
+    return StoredFile(name, path.parts[1], *path.stem.rsplit(".", 1))
+
+
+def read_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an .npz; empty where it has none of that name."""
+    with np.load(path, allow_pickle=False) as arrays:
+        found: NDArray[Any] = arrays.get(name, NO_ROWS)
+    return found
