@@ -292,7 +292,7 @@ def _ngrams(paths: tuple[str, ...], n: int) -> Ngrams:
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
-    np.savez(beside, allow_pickle=False, **arrays)
+    np.savez(beside, **arrays)
     os.replace(beside, path)
 
 
