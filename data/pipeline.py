@@ -56,6 +56,7 @@ def prepare(cfg: RunConfig) -> Path | None:
                 engine.run_here(corpus.steps(), cfg.tasks, corpus.logs)
         if not corpus.is_complete:
             return None
+    corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
         print(f"what became of every document: {audit}", flush=True)
     print(f"corpus {corpus.folder}\n{language_table(Manifest.load(corpus.folder))}", flush=True)
@@ -132,6 +133,12 @@ class Corpus:
             *([] if self._is_whole() else shards),
             *([] if self._is_packed() else packing),
         ]
+
+    def clear_leftovers(self) -> None:
+        """Removes what a slower process has begun anew beside folders that are complete."""
+        for is_complete, work in ((True, self._work), (self.documents.is_complete, self.documents.store.work)):
+            if is_complete:
+                shutil.rmtree(work, ignore_errors=True)
 
     def submit(self) -> None:
         """Asks Slurm to do the steps that lack, unless it is at them."""

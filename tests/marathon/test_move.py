@@ -135,7 +135,7 @@ def test_a_move_cut_off_or_killed_within_a_file_goes_on_and_sends_no_finished_fi
 
 
 def test_a_damaged_shard_is_named_before_anything_is_sent(lumi, tmp_path):
-    shard = next(lumi.glob("corpora/*/shards/*.train.bin"))
+    shard = next(lumi.glob("corpora/*/shards/*.train.*.bin"))
     flip_a_byte(shard)
     with pytest.raises(UserError, match=re.escape(shard.name)):
         move(str(lumi / "runs" / "whole"), str(tmp_path / "leonardo"))
