@@ -23,6 +23,7 @@ from yaml import YAMLError
 from configs.checks import check
 from configs.enums import SourceFormat
 from configs.errors import UserError
+from configs.rules import setting_names
 from configs.schema import RunConfig
 from configs.text import map_paths
 
@@ -223,16 +224,8 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
 
 def _nearest(name: str) -> str:
     """The settings most like a name that is none."""
-    close = difflib.get_close_matches(name, _setting_names(RunConfig), n=2, cutoff=0.5)
+    close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
-
-
-def _setting_names(section: type, prefix: str = "") -> list[str]:
-    names = []
-    for setting in fields(section):
-        nested = setting.type if isinstance(setting.type, type) and is_dataclass(setting.type) else None
-        names += _setting_names(nested, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
-    return names
 
 
 def _names(group: str) -> list[str]:

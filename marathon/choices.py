@@ -4,13 +4,13 @@ A key press waits for the answer: Hydra stays out, and the schema is read only w
 """
 
 import os
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from configs.errors import UserError
+from configs.rules import setting_names
 
 HERE = Path(__file__).resolve().parent
 GROUPS = HERE.parent / "configs"
@@ -90,15 +90,7 @@ def _settings_like(begun: str) -> list[str]:
         return [f"{group}={path.stem}" for path in (GROUPS / group).glob("*.yaml")]
     from configs.schema import RunConfig
 
-    return [f"{name}=" for name in (*_groups(), *_names(RunConfig))]
-
-
-def _names(section: type, prefix: str = "") -> list[str]:
-    names = []
-    for setting in fields(section):
-        nested = setting.type if isinstance(setting.type, type) and is_dataclass(setting.type) else None
-        names += _names(nested, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
-    return names
+    return [f"{name}=" for name in (*_groups(), *setting_names(RunConfig))]
 
 
 def _first_comment(path: Path) -> str:
