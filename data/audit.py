@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.errors import UserError
 from data.files import write_whole
+from ledger.pages import render
 
 EXAMPLES = 3
 READ = "read"
@@ -150,8 +151,5 @@ class Audit:
 
 def write_page(audit: Audit, title: str, facts: dict[str, Any], path: Path) -> None:
     """Writes the audit as one HTML page that needs nothing else."""
-    import jinja2
-
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("audit.html.j2").render(title=title, audit=audit, sums=audit.sums(), facts=facts)
-    write_whole(path, page)
+    template = Path(__file__).with_name("audit.html.j2")
+    write_whole(path, render(template, title=title, audit=audit, sums=audit.sums(), facts=facts))

@@ -4,7 +4,7 @@ Every input file is a unit: its documents stand, by language and split, in parqu
 for when all units are there, and named, not removed: the files stay what they are. So nothing depends on how many
 worked at it, and what is complete is not done twice.
 
-Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; `dropped/LANG.npz` the rows that are copies;
+Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; beside its files the rows that go (data/store.py);
 `audit.json` and `audit.html` tell of the whole, `documents.json` what it was made from.
 """
 
@@ -21,6 +21,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ from data.engine import Step
 from data.files import find_files, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
 from data.sources import read_file, source_files, units
-from data.store import COMPLETE, NO_ROWS, QUESTIONS, Store, StoredFile, read_array, stored_file
+from data.store import ALIKE, COMPLETE, DROPPED, QUESTIONS, REPEATED, SEARCHED, Store, StoredFile, stored_file
 
 FORMAT = 1
 """Part of the name: raise it when the same text would give other documents."""
 _CLEANING: dict[str, list[Cleaning]] = {}
 """By key: units of one process share steps, which hold models and lists."""
-NO_COPIES = Copies(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS)
+NO_COPIES = Copies(*[np.zeros(0, np.int64)] * 4)
 
 
 class Documents:
@@ -114,36 +115,30 @@ class Documents:
             writer.close()
 
     def _are_ids_compared(self, source: str) -> bool:
-        return (self.store.root / "repeated" / f"{source}.npz").exists()
+        return (self.store.root / "repeated" / f"{source}.json").exists()
 
     def _compare_ids(self, source: str) -> None:
-        files = self._hash_files(self.store.stored(source=source))
-        found = find_repeated_ids(list(files.values())) if files else []
-        names = {path: name for name, path in files.items()}
-        rows = {names[path]: repeated for path, repeated in found if len(repeated)}
-        _save_arrays(self.store.work / "repeated" / f"{source}.npz", rows)
+        files = self._hash_files(source=source)
+        n_repeated = 0
+        for path, rows in find_repeated_ids(list(files)) if files else ():
+            self.store.save_rows(files[path].name, REPEATED, rows)
+            n_repeated += len(rows)
+        write_whole(self.store.work / "repeated" / f"{source}.json", f"{n_repeated}\n")
 
     def _is_deduplicated(self, language: str) -> bool:
         return (self.store.root / "dropped" / f"{language}.json").exists()
 
     def _deduplicate(self, language: str) -> None:
         """Names the rows of a language that are left out, and counts them."""
-        stored = self.store.stored(language=language)
-        files = self._hash_files(stored)
-        gone = {files[f.name]: rows for f in stored if len(rows := self._repeated(f))}
-        arrays: dict[str, Any] = {}
-        audit = Audit()
-        names = {path: name for name, path in files.items()}
+        files, audit = self._hash_files(language=language), Audit()
+        gone = {path: self.store.rows(file.name, REPEATED)[0] for path, file in files.items()}
         is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
-        found = find_copies(list(files.values()), gone) if is_wanted else ((path, NO_COPIES) for path in names)
-        for path, copies in found:
-            name = names[path]
-            dropped = {"id_repeated": gone.get(path, NO_ROWS), "exact_duplicate": copies.exact}
-            dropped |= {"near_duplicate": copies.near}
-            arrays |= {f"{name}/dropped": np.sort(np.concatenate(list(dropped.values())))}
-            arrays |= {f"{name}/kept": copies.kept, f"{name}/n_alike": copies.n_alike}
-            self._count_dropped(audit, stored_file(name), dropped, "dedup")
-        _save_arrays(self.store.work / "dropped" / f"{language}.npz", arrays)
+        for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(NO_COPIES)):
+            name, repeated = files[path].name, gone[path]
+            self.store.save_rows(name, DROPPED, np.sort(np.concatenate([repeated, copies.exact, copies.near])))
+            self.store.save_rows(name, ALIKE, copies.kept, copies.n_alike)
+            dropped = {"id_repeated": repeated, "exact_duplicate": copies.exact, "near_duplicate": copies.near}
+            self._count_dropped(audit, files[path], dropped, "dedup")
         audit.save(self.store.work / "dropped" / f"{language}.json")
 
     def _count_dropped(
@@ -153,7 +148,7 @@ class Documents:
         rows = pq.read_table(self.store.root / file.name, columns=["n_bytes", "id", "location"])
         sizes, stay = rows["n_bytes"].to_numpy(), np.ones(rows.num_rows, bool)
         if step != "dedup":
-            stay = self.store.is_kept(file)
+            stay = self.store.is_kept(file.name)
         tally = Tally(came=[int(stay.sum()), int(sizes[stay].sum())])
         for reason, which in dropped.items():
             if len(which):
@@ -178,7 +173,7 @@ class Documents:
         return _ngrams(tuple(self._against), self.cfg.decontaminate.ngram) if self._against else None
 
     def _is_searched(self, _: str) -> bool:
-        return (self.store.root / "questions.json").exists()
+        return (self.store.root / SEARCHED).exists()
 
     def _search(self, _: str) -> None:
         """Names the rows that hold what evaluations ask, and counts them; they are left out if the config says so."""
@@ -187,20 +182,17 @@ class Documents:
         matches = {}
         for file in self.store.stored():
             pairs = np.load((self.store.root / file.name).with_suffix(MATCHES), allow_pickle=False)
-            matches[file.name] = pairs[:, self.store.is_kept(file)[pairs[0]]]
+            matches[file.name] = pairs[:, self.store.is_kept(file.name)[pairs[0]]]
         rows, findings = questions.contaminated(matches, cfg.max_documents)
         for name, found in rows.items():
             self._count_dropped(audit, stored_file(name), {"evaluation_text": found}, "questions", not cfg.remove)
+            self.store.save_rows(name, QUESTIONS, found)
         audit.save(self.store.work / "questions.audit.json")
-        _save_arrays(self.store.work / QUESTIONS, {name: found.astype(np.int64) for name, found in rows.items()})
         report = {"not_searched": questions.n_short, "findings": [finding._asdict() for finding in findings]}
-        write_whole(self.store.work / "questions.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.store.work / SEARCHED, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
-    def _hash_files(self, stored: list[StoredFile]) -> dict[str, Path]:
-        return {file.name: (self.store.root / file.name).with_suffix(".npy") for file in stored}
-
-    def _repeated(self, file: StoredFile) -> NDArray[np.int64]:
-        return read_array(self.store.root / "repeated" / f"{file.source}.npz", file.name)
+    def _hash_files(self, **chosen: str) -> dict[Path, StoredFile]:
+        return {(self.store.root / file.name).with_suffix(".npy"): file for file in self.store.stored(**chosen)}
 
     def _is_whole(self, _: str) -> bool:
         return self.store.is_complete
@@ -232,14 +224,17 @@ class Documents:
             ],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        for leftover in [*self.store.work.glob("units/*/.*"), *self.store.work.glob("*/.*.npz")]:  # of killed processes
+        for leftover in [
+            *self.store.work.glob("units/*/.*"),
+            *self.store.work.glob("units/*/*/.*"),
+        ]:  # of killed processes
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         finish_folder(self.store.work, self.store.folder)
 
     def _require_text_in_every_language(self, audit: Audit) -> None:
         n_docs: Counter[tuple[str, str]] = Counter()
         for file in self.store.stored():
-            n_docs[file.language, file.split] += int(self.store.is_kept(file).sum())
+            n_docs[file.language, file.split] += int(self.store.is_kept(file.name).sum())
         wanted = self.cfg.languages or sorted({lang for lang, _ in n_docs})
         lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
         if wanted and not lacking:
@@ -287,13 +282,6 @@ def key_of(*content: Any) -> str:
 @functools.cache  # units of one process search for the same
 def _ngrams(paths: tuple[str, ...], n: int) -> Ngrams:
     return Ngrams(read_items(paths), n)
-
-
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
-    np.savez(beside, **arrays)
-    os.replace(beside, path)
 
 
 def finish_folder(work: Path, folder: Path) -> None:

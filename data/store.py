@@ -1,11 +1,13 @@
 """What stands in a folder of cleaned documents, and which of it counts.
 
-Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; `dropped/LANG.npz` the rows that are copies, and how many
-documents the others stand for; `questions.npz` the rows that hold what evaluations ask.
+Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it. Beside a file, where it has such rows: `.repeated.npy`
+those whose id an earlier one has, `.dropped.npy` those and the copies, `.alike.npy` rows that stay for others and how
+many documents each stands for, `.questions.npy` those that hold what evaluations ask.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data.cleaning import SCHEMA
+from data.dedup import write_columns
 from data.heldout import rank_of
 
-COMPLETE, QUESTIONS = "documents.json", "questions.npz"
+COMPLETE, SEARCHED = "documents.json", "questions.json"
+REPEATED, DROPPED, ALIKE, QUESTIONS = ".repeated.npy", ".dropped.npy", ".alike.npy", ".questions.npy"
 TEXT_COLUMN = SCHEMA.get_field_index("text")
-NO_ROWS = np.zeros(0, np.int64)
 
 
 class StoredFile(NamedTuple):
@@ -68,7 +71,7 @@ class Store:
         filled: Counter[tuple[str, str, str]] = Counter()
         for file in self.stored():
             part = (file.language, file.source, file.split)
-            is_kept, start = self.is_kept(file), 0
+            is_kept, start = self.is_kept(file.name), 0
             metadata = pq.read_metadata(self.root / file.name)
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group)
@@ -95,15 +98,17 @@ class Store:
             yield pa.concat_tables(tables)
 
     def _row_groups(self, groups: Iterable[tuple[str, int]]) -> Iterator[pa.Table]:
-        for name, group in groups:
-            file = stored_file(name)
+        for name, of_file in groupby(groups, key=lambda pair: pair[0]):
+            is_kept, n_alike = self.is_kept(name), self._n_alike(name)
             with pq.ParquetFile(self.root / name) as parquet:
-                first = sum(parquet.metadata.row_group(i).num_rows for i in range(group))
-                rows = parquet.read_row_group(group)
-            here = slice(first, first + rows.num_rows)
-            rows = rows.append_column("n_alike", pa.array(self._n_alike(file)[here]))
-            # A document without text has been removed.
-            yield rows.filter(pa.array(self.is_kept(file)[here] & (rows["n_bytes"].to_numpy() > 0)))
+                n_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+                for _, group in of_file:
+                    rows = parquet.read_row_group(group)
+                    first = sum(n_rows[:group])
+                    here = slice(first, first + rows.num_rows)
+                    rows = rows.append_column("n_alike", pa.array(n_alike[here]))
+                    # A document without text has been removed.
+                    yield rows.filter(pa.array(is_kept[here] & (rows["n_bytes"].to_numpy() > 0)))
 
     def texts(self, language: str, split: str, max_bytes: int) -> Iterator[str]:
         """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""
@@ -117,18 +122,30 @@ class Store:
                 if n_bytes <= max_bytes or rank_of(doc_id) * n_bytes < max_bytes * 2**64:
                     yield text
 
-    def is_kept(self, file: StoredFile) -> NDArray[np.bool_]:
+    def is_kept(self, name: str) -> NDArray[np.bool_]:
         """Which rows of a file are neither copies nor, where these are left out, text of evaluations."""
-        is_kept = np.ones(pq.read_metadata(self.root / file.name).num_rows, bool)
-        is_kept[read_array(self.root / "dropped" / f"{file.language}.npz", f"{file.name}/dropped")] = False
-        if self._without_questions and (self.root / QUESTIONS).exists():
-            is_kept[read_array(self.root / QUESTIONS, file.name)] = False
+        is_kept = np.ones(pq.read_metadata(self.root / name).num_rows, bool)
+        is_kept[self.rows(name, DROPPED)[0]] = False
+        if self._without_questions and (self.root / SEARCHED).exists():
+            is_kept[self.rows(name, QUESTIONS)[0]] = False
         return is_kept
 
-    def _n_alike(self, file: StoredFile) -> NDArray[np.int32]:
-        path = self.root / "dropped" / f"{file.language}.npz"
-        n_alike = np.ones(pq.read_metadata(self.root / file.name).num_rows, np.int32)
-        n_alike[read_array(path, f"{file.name}/kept")] = read_array(path, f"{file.name}/n_alike")
+    def rows(self, name: str, kind: str) -> NDArray[np.int64]:
+        """int64[2, n]: rows that stand beside a file under that suffix, and what is told of each; n may be 0."""
+        path = (self.root / name).with_suffix(kind)
+        found: NDArray[np.int64] = np.load(path, allow_pickle=False) if path.exists() else np.zeros((2, 0), np.int64)
+        return found
+
+    def save_rows(self, name: str, kind: str, rows: NDArray[Any], told: NDArray[Any] | None = None) -> None:
+        """Puts rows beside a file, if there are any, with what is told of each."""
+        if len(rows):
+            columns = np.stack([rows, rows if told is None else told]).astype(np.int64)
+            write_columns((self.root / name).with_suffix(kind), [columns])
+
+    def _n_alike(self, name: str) -> NDArray[np.int32]:
+        n_alike = np.ones(pq.read_metadata(self.root / name).num_rows, np.int32)
+        rows, counts = self.rows(name, ALIKE)
+        n_alike[rows] = counts
         return n_alike
 
 
@@ -136,10 +153,3 @@ def stored_file(name: str) -> StoredFile:
     """The file of that name."""
     path = Path(name)
     return StoredFile(name, path.parts[1], *path.stem.rsplit(".", 1))
-
-
-def read_array(path: Path, name: str) -> NDArray[Any]:
-    """One array of an .npz; empty where it has none of that name."""
-    with np.load(path, allow_pickle=False) as arrays:
-        found: NDArray[Any] = arrays.get(name, NO_ROWS)
-    return found

@@ -145,3 +145,18 @@ def test_a_source_name_that_cannot_be_a_file_name_is_refused(make_config: Callab
     cfg.corpus.sources["../up"] = cfg.corpus.sources.pop("small")
     with pytest.raises(UserError, match=r"corpus\.sources\.\.\./up"):
         corpus_key(cfg)
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_text_of_evaluations_is_marked_or_left_out(
+    make_config: Callable[..., RunConfig], tmp_path: Path, remove: bool
+) -> None:
+    question = "Wie viele Bären leben heute noch in den Wäldern der hohen Karpaten und wer zählt sie"
+    asked = [{"id": f"q{i}", "lang": "de", "text": f"{question}, fragt Heft {i}."} for i in range(2)]
+    cfg = make_config([*documents(40), *asked])
+    (tmp_path / "questions.txt").write_text(question)
+    cfg.corpus.decontaminate.against, cfg.corpus.decontaminate.remove = [str(tmp_path / "questions.txt")], remove
+    folder = prepared(cfg)
+    ids = {row[0] for s in folder.shards for row in read_sidecar(corpus_dir(cfg) / s.stem, "id")}
+    assert ({"q0", "q1"} & ids == set()) is remove and len(ids) == (40 if remove else 42)
+    assert folder.steps["questions"]["rejected"].keys() == {"evaluation_text" if remove else "evaluation_text_kept"}
