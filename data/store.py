@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from configs.errors import UserError
 from data.cleaning import SCHEMA
 from data.dedup import write_columns
 from data.heldout import rank_of
@@ -133,8 +134,13 @@ class Store:
     def rows(self, name: str, kind: str) -> NDArray[np.int64]:
         """int64[2, n]: rows that stand beside a file under that suffix, and what is told of each; n may be 0."""
         path = (self.root / name).with_suffix(kind)
-        found: NDArray[np.int64] = np.load(path, allow_pickle=False) if path.exists() else np.zeros((2, 0), np.int64)
-        return found
+        try:
+            found = np.load(path, allow_pickle=False) if path.exists() else np.zeros((2, 0))
+            return np.asarray(found, np.int64).reshape(2, -1)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} is no array of rows", str(error), f"delete {self.root}; it is made again"
+            ) from error
 
     def save_rows(self, name: str, kind: str, rows: NDArray[Any], told: NDArray[Any] | None = None) -> None:
         """Puts rows beside a file, if there are any, with what is told of each."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from configs.errors import UserError
 from data.shards import SUFFIXES, Shard, ShardWriter, document_ids, read_sidecar
-from data.store import read_array
+from data.store import DROPPED, Store
 from model.weights import FragmentReader, file_sha256, manifest_sha256, read_manifest
 from tests.test_layout import ROOMS, ROOT
 from tests.train.states import Weights, write
@@ -154,14 +154,11 @@ def test_a_shard_that_would_act_is_an_error_and_does_not(tmp_path, hostile, suff
 
 def test_rows_of_documents_that_would_act_are_an_error_and_do_not(tmp_path, hostile):
     content, acted = hostile
-    path = tmp_path / "de.npz"
-    path.write_bytes(content)
-    if content[:2] == b"PK":  # an archive, and none of its members is the one that is asked for
-        assert len(read_array(path, "units/a/00000/de.train.parquet")) == 0
-    else:
-        with pytest.raises(ValueError, match="pickle"):
-            read_array(path, "rows")
-    np.savez(path, rows=np.array([Act(acted)], object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        read_array(path, "rows")
+    store, file = Store(tmp_path, tmp_path, ["a/00000"], without_questions=False), "units/a/00000/de.train.parquet"
+    path = (tmp_path / file).with_suffix(DROPPED)
+    path.parent.mkdir(parents=True)
+    for write_rows in (path.write_bytes, lambda _: np.save(path, np.array([Act(acted)], object))):
+        write_rows(content)
+        with pytest.raises(UserError, match=r"de\.train\.dropped\.npy"):
+            store.rows(file, DROPPED)
     assert not acted.exists()
