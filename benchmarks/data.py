@@ -33,6 +33,9 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def marathon(text: Path, model: Path, out: Path) -> None:
+    from data.engine import warm_up
+
+    warm_up()
     from configs.compose import compose
     from configs.enums import SourceFormat
     from configs.text import SourceConfig

@@ -1,8 +1,7 @@
 """What became of every document: counts by step and language, reasons with examples.
 
-Each step takes documents in and lets them out, changed or not, or rejects them for a reason; what goes in is what comes
-out and what is rejected, in documents, for every step. Tallies of parts add up to the tally of the whole, whatever the
-parts.
+Parts count what is read, rejected and moved; what came to each step and left it follows from that, for every language,
+in documents and bytes. Counts of parts add up to those of the whole, whatever the parts.
 """
 
 import json
@@ -24,12 +23,14 @@ UNKNOWN = "und"
 
 @dataclass
 class Tally:
-    """One step in one language: [documents, bytes] in, out and changed, and by reason of rejection."""
+    """One step in one language; pairs are [documents, bytes]."""
 
     came: list[int] = field(default_factory=lambda: [0, 0])
     """By the language that a document had before the step."""
     left: list[int] = field(default_factory=lambda: [0, 0])
     """By the language that it has after it, with the bytes that it has then."""
+    moved: list[int] = field(default_factory=lambda: [0, 0])
+    """What the step added to the language, or took from it, by changing a text or finding another language."""
     changed: int = 0
     """Documents whose text is another one after the step."""
     rejected: dict[str, list[int]] = field(default_factory=dict)
@@ -40,56 +41,59 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Adds the tally of a later part."""
         self.changed += other.changed
-        for mine, its in ((self.came, other.came), (self.left, other.left)):
-            mine[0], mine[1] = mine[0] + its[0], mine[1] + its[1]
+        for mine, its in ((self.came, other.came), (self.left, other.left), (self.moved, other.moved)):
+            count(mine, its[0], its[1])
         for reason, (n, n_bytes) in other.rejected.items():
-            self.reject(reason, n, n_bytes)
-        for reason, examples in other.examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + examples)[:EXAMPLES]
+            self.reject(reason, n, n_bytes, other.examples.get(reason, ()))
 
-    def reject(self, reason: str, n: int, n_bytes: int) -> None:
-        """Counts rejections."""
-        counts = self.rejected.setdefault(reason, [0, 0])
-        counts[0], counts[1] = counts[0] + n, counts[1] + n_bytes
+    def reject(self, reason: str, n: int, n_bytes: int, examples: Iterable[dict[str, str]]) -> None:
+        """Counts rejections and keeps the first few examples (source, location, excerpt)."""
+        count(self.rejected.setdefault(reason, [0, 0]), n, n_bytes)
+        if len(shown := self.examples.setdefault(reason, [])) < EXAMPLES:
+            shown += [*examples][: EXAMPLES - len(shown)]
 
 
 class Audit:
     """Tallies by step, in the order of the steps, and language."""
 
-    def __init__(self) -> None:
-        self.steps: dict[str, dict[str, Tally]] = {}
+    def __init__(self, steps: Iterable[str] = ()) -> None:
+        self.steps: dict[str, dict[str, Tally]] = {step: {} for step in steps}
         self.records: dict[str, dict[str, int]] = {}
         """By source: how many were `read`, and how many of them are no documents, by reason."""
 
     def tally(self, step: str, language: str) -> Tally:
         """The tally of one step in one language, begun where there is none."""
-        try:  # asked for several times a document
+        try:  # asked for every document
             return self.steps[step][language]
         except KeyError:
             return self.steps.setdefault(step, {}).setdefault(language or UNKNOWN, Tally())
 
-    def count_record(self, source: str, reason: str = "") -> None:
+    def count_record(self, source: str, language: str, n_bytes: int, reason: str = "") -> None:
         """Counts a record as read, and as bad where there is a reason."""
         counts = self.records.setdefault(source, {READ: 0})
         counts[READ] += 1
+        count(self.tally(READ, language).came, 1, n_bytes)
         if reason:
             counts[reason] = counts.get(reason, 0) + 1
 
-    def reject(self, step: str, language: str, reason: str, n_bytes: int, place: dict[str, str]) -> None:
-        """Counts one rejected document or record; the first few of `place` (source, location, excerpt) are kept."""
-        tally = self.tally(step, language)
-        tally.reject(reason, 1, n_bytes)
-        if len(shown := tally.examples.setdefault(reason, [])) < EXAMPLES:
-            shown.append(place)
+    def move(self, step: str, before: tuple[str, int], after: tuple[str, int]) -> None:
+        """Counts a document whose language or bytes a step has changed."""
+        count(self.tally(step, before[0]).moved, -1, -before[1])
+        count(self.tally(step, after[0]).moved, 1, after[1])
 
-    def add(self, other: "Audit") -> None:
-        """Adds a later part."""
-        for step, languages in other.steps.items():
-            for language, tally in languages.items():
-                self.tally(step, language).add(tally)
-        for source, counts in other.records.items():
-            mine = self.records.setdefault(source, {})
-            mine |= {reason: mine.get(reason, 0) + n for reason, n in counts.items()}
+    def follow(self) -> None:
+        """Works out what came to each step after the first and what left each, from all that was counted."""
+        flow: dict[str, list[int]] = {}
+        for step, languages in self.steps.items():
+            flow = {lang: tally.came for lang, tally in languages.items()} if step == READ else flow
+            for lang in sorted({*flow, *languages}):
+                tally = self.tally(step, lang)
+                gone = [sum(pair[i] for pair in tally.rejected.values()) for i in (0, 1)]
+                tally.came = flow.get(lang, [0, 0])
+                tally.left = [
+                    came + moved - out for came, moved, out in zip(tally.came, tally.moved, gone, strict=True)
+                ]
+            flow = {lang: [*tally.left] for lang, tally in languages.items() if tally.left[0]}
 
     def refuse_bad_share(self, source: str, max_bad_share: float) -> None:
         """Raises `UserError` where more of a source is bad than the config allows."""
@@ -125,6 +129,7 @@ class Audit:
 
     def save(self, path: Path) -> None:
         """Writes the audit as JSON, the same for the same counts."""
+        self.follow()
         steps = {
             step: {language: vars(tally) for language, tally in sorted(languages.items())}
             for step, languages in self.steps.items()
@@ -143,10 +148,23 @@ class Audit:
     @classmethod
     def total(cls, parts: Iterable[Path]) -> "Audit":
         """The sum over saved audits, in the order given."""
-        audit = cls()
-        for path in parts:
-            audit.add(cls.load(path))
-        return audit
+        whole = cls()
+        for part in map(cls.load, parts):
+            for step, languages in part.steps.items():
+                whole.steps.setdefault(step, {})
+                for language, tally in languages.items():
+                    whole.tally(step, language).add(tally)
+            for source, counts in part.records.items():
+                mine = whole.records.setdefault(source, {})
+                mine |= {reason: mine.get(reason, 0) + n for reason, n in counts.items()}
+        whole.follow()
+        return whole
+
+
+def count(pair: list[int], n: int, n_bytes: int) -> None:
+    """Adds to a pair of documents and bytes."""
+    pair[0] += n
+    pair[1] += n_bytes
 
 
 def write_page(audit: Audit, title: str, facts: dict[str, Any], path: Path) -> None:

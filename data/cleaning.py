@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
@@ -87,13 +88,12 @@ class UnitWriter:
     """Writes what became of the documents of one unit into a folder."""
 
     def __init__(self, folder: Path, cfg: CorpusConfig, questions: Ngrams | None) -> None:
-        self.audit = Audit()
         self._folder, self._cfg, self._questions = folder, cfg, questions
         self._groups: dict[str, _Group] = {}
         self._rejected = io.TextIOWrapper(zstandard.open(folder / "rejected.jsonl.zst", "wb"), encoding="ascii")
 
-    def reject(self, step: str, reason: str, document: Document, n_bytes: int) -> None:
-        """Writes down that a document, or a record that is none, was left out, and counts it."""
+    def reject(self, step: str, reason: str, document: Document) -> dict[str, str]:
+        """Writes down that a document, or a record that is none, was left out; returns where it is, as an example."""
         place = {
             "source": document.source,
             "id": document.id,
@@ -101,49 +101,50 @@ class UnitWriter:
             "excerpt": document.text[:EXCERPT_CHARACTERS].encode("utf-8", "backslashreplace").decode(),
         }
         self._rejected.write(json.dumps({"step": step, "reason": reason, **place}) + "\n")
-        self.audit.reject(step, document.lang, reason, n_bytes, place)
+        return place
 
-    def add(self, document: Document, n_bytes: int) -> None:
-        """Keeps a document."""
+    def add(self, document: Document, content: bytes) -> None:
+        """Keeps a document; `content` is its text as UTF-8."""
         name = f"{document.lang}.{split_of(document, self._cfg.holdout)}"
         if (group := self._groups.get(name)) is None:
             group = self._groups[name] = _Group(self._folder / name, self._cfg.dedup, self._questions)
-        group.add(document, n_bytes)
+        group.add(document, content)
 
-    def close(self) -> None:
+    def close(self, audit: Audit) -> None:
         """Completes all files."""
         for group in self._groups.values():
             group.close()
         self._rejected.close()
-        self.audit.save(self._folder / "audit.json")
+        audit.save(self._folder / "audit.json")
 
 
 def clean_unit(documents: Iterator[Document], steps: list[Cleaning], writer: UnitWriter, max_bad_share: float) -> None:
-    """Takes the documents and bad records of one unit through the steps."""
-    audit, n_bad = writer.audit, 0
+    """Takes the documents and bad records of one unit through the steps, and completes the unit."""
+    audit, n_bad = Audit([READ, *(name for name, _ in steps)]), 0
     for document in documents:
-        audit.count_record(document.source, document.problem)
-        n_bytes = _n_bytes(document.text)
-        _count(audit.tally(READ, document.lang).came, n_bytes)
-        if document.problem:
-            writer.reject(READ, document.problem, document, n_bytes)
+        name, reason = READ, document.problem
+        content = _utf8(document.text)
+        audit.count_record(document.source, document.lang, len(content), reason)
+        if reason:
             n_bad += 1
             if n_bad % EARLY_STOP_RECORDS == 0:
                 audit.refuse_bad_share(document.source, max_bad_share)
-            continue
-        _count(audit.tally(READ, document.lang).left, n_bytes)
-        for name, step in steps:
-            tally, lang, text = audit.tally(name, document.lang), document.lang, document.text
-            _count(tally.came, n_bytes)
-            if reason := step(document):
-                writer.reject(name, reason, document, n_bytes)
-                break
-            if document.text is not text:
-                tally.changed += 1
-                n_bytes = _n_bytes(document.text)
-            _count(tally.left if document.lang == lang else audit.tally(name, document.lang).left, n_bytes)
         else:
-            writer.add(document, n_bytes)
+            for name, step in steps:
+                lang, text = document.lang, document.text
+                reason = step(document)
+                if document.text is not text or document.lang != lang:
+                    before, content = len(content), _utf8(document.text)
+                    audit.move(name, (lang, before), (document.lang, len(content)))
+                    audit.tally(name, document.lang).changed += document.text is not text
+                if reason:
+                    break
+        if reason:
+            place = writer.reject(name, reason, document)
+            audit.tally(name, document.lang).reject(reason, 1, len(content), [place])
+        else:
+            writer.add(document, content)
+    writer.close(audit)
 
 
 class _Group:
@@ -154,21 +155,21 @@ class _Group:
         self._parquet = pq.ParquetWriter(
             f"{stem}.parquet", SCHEMA, compression="zstd", compression_level=1, use_dictionary=["licence"]
         )
-        self._rows: list[tuple[Any, ...]] = []
+        self._documents: list[Document] = []
+        self._contents: list[bytes] = []
         self._hashes: list[Hashes] = []
         self._matches: list[Matches] = []
-        self._source, self._n_characters, self._n_written = "", 0, 0
+        self._n_characters = self._n_written = 0
 
-    def add(self, document: Document, n_bytes: int) -> None:
-        d = document
-        self._rows.append((d.id, d.text, n_bytes, d.licence, d.url, d.location, d.lang_score, d.lang_second, d.quality))
-        self._source = d.source
-        self._n_characters += len(d.text)
+    def add(self, document: Document, content: bytes) -> None:
+        self._documents.append(document)
+        self._contents.append(content)
+        self._n_characters += len(document.text)
         if self._n_characters >= FLUSH_CHARACTERS:
             self._flush()
 
     def close(self) -> None:
-        if self._rows:
+        if self._documents:
             self._flush()
         self._parquet.close()
         write_columns(Path(f"{self._stem}.npy"), self._hashes)
@@ -176,16 +177,20 @@ class _Group:
             write_columns(Path(f"{self._stem}{MATCHES}"), self._matches)
 
     def _flush(self) -> None:
-        columns = list(zip(*self._rows, strict=True))
-        ids, texts, _, licences = columns[:4]
-        self._hashes.append(document_hashes(self._source, ids, licences, texts, self._cfg))
+        documents, n_bytes = self._documents, np.fromiter(map(len, self._contents), np.int64)
+        found = [field.name for field in SCHEMA if field.name not in ("text", "n_bytes")]
+        columns: dict[str, Any] = {name: [getattr(d, name) for d in documents] for name in found}
+        texts = [d.text for d in documents]
+        self._hashes.append(document_hashes(documents[0].source, columns["id"], columns["licence"], texts, self._cfg))
         if self._questions:
             self._matches.append(self._questions.match(texts, self._n_written))
         self._n_written += len(texts)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        self._parquet.write_table(pa.table(arrays, SCHEMA))
-        self._rows.clear()
-        self._n_characters = 0
+        # The bytes are there; Arrow would make them from the strings once more.
+        buffers = [None, pa.py_buffer(np.append(0, np.cumsum(n_bytes))), pa.py_buffer(b"".join(self._contents))]
+        columns |= {"text": pa.Array.from_buffers(pa.large_string(), len(texts), buffers), "n_bytes": n_bytes}
+        columns["text"].validate(full=True)
+        self._parquet.write_table(pa.table(columns, SCHEMA))
+        self._documents, self._contents, self._n_characters = [], [], 0
 
 
 def _reason_not_wanted(document: Document, wanted: set[str]) -> str:
@@ -200,10 +205,5 @@ def _has_lists(cfg: OptOutConfig) -> bool:
     return bool(cfg.domains or cfg.ids or cfg.robots)
 
 
-def _count(pair: list[int], n_bytes: int) -> None:
-    pair[0] += 1
-    pair[1] += n_bytes
-
-
-def _n_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # what a bad record has is counted, not kept

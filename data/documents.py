@@ -33,7 +33,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.text import map_paths
 from data import rights
-from data.audit import EXAMPLES, READ, Audit, Tally, write_page
+from data.audit import EXAMPLES, READ, Audit, write_page
 from data.cleaning import MATCHES, Cleaning, UnitWriter, clean_unit, cleaning
 from data.decontaminate import Ngrams, read_items
 from data.dedup import Copies, find_copies, find_repeated_ids
@@ -112,7 +112,6 @@ class Documents:
             if self.key not in _CLEANING:
                 _CLEANING[self.key] = cleaning(self.cfg)
             clean_unit(documents, _CLEANING[self.key], writer, self.cfg.max_bad_share)
-            writer.close()
 
     def _are_ids_compared(self, source: str) -> bool:
         return (self.store.root / "repeated" / f"{source}.json").exists()
@@ -130,7 +129,7 @@ class Documents:
 
     def _deduplicate(self, language: str) -> None:
         """Names the rows of a language that are left out, and counts them."""
-        files, audit = self._hash_files(language=language), Audit()
+        files, audit = self._hash_files(language=language), Audit(["dedup"])
         gone = {path: self.store.rows(file.name, REPEATED)[0] for path, file in files.items()}
         is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
         for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(NO_COPIES)):
@@ -138,32 +137,22 @@ class Documents:
             self.store.save_rows(name, DROPPED, np.sort(np.concatenate([repeated, copies.exact, copies.near])))
             self.store.save_rows(name, ALIKE, copies.kept, copies.n_alike)
             dropped = {"id_repeated": repeated, "exact_duplicate": copies.exact, "near_duplicate": copies.near}
-            self._count_dropped(audit, files[path], dropped, "dedup")
+            self._count_dropped(audit, "dedup", files[path], dropped)
         audit.save(self.store.work / "dropped" / f"{language}.json")
 
-    def _count_dropped(
-        self, audit: Audit, file: StoredFile, dropped: Mapping[str, NDArray[Any]], step: str, only_marked: bool = False
-    ) -> None:
-        """Counts the rows of a file that a step leaves out, or marks, in a tally of its own."""
+    def _count_dropped(self, audit: Audit, step: str, file: StoredFile, dropped: Mapping[str, NDArray[Any]]) -> None:
+        """Counts the rows of a file that a step leaves out."""
+        if not any(map(len, dropped.values())):
+            return
         rows = pq.read_table(self.store.root / file.name, columns=["n_bytes", "id", "location"])
-        sizes, stay = rows["n_bytes"].to_numpy(), np.ones(rows.num_rows, bool)
-        if step != "dedup":
-            stay = self.store.is_kept(file.name)
-        tally = Tally(came=[int(stay.sum()), int(sizes[stay].sum())])
+        sizes, tally = rows["n_bytes"].to_numpy(), audit.tally(step, file.language)
         for reason, which in dropped.items():
+            examples = [
+                {"source": file.source, "location": found["location"], "excerpt": found["id"]}
+                for found in rows.take(which[:EXAMPLES]).to_pylist()
+            ]
             if len(which):
-                tally.reject(f"{reason}_kept" if only_marked else reason, len(which), int(sizes[which].sum()))
-                tally.examples[reason] = [
-                    {
-                        "source": file.source,
-                        "location": rows["location"][row].as_py(),
-                        "excerpt": rows["id"][row].as_py(),
-                    }
-                    for row in which[:EXAMPLES].tolist()
-                ]
-                stay[which] &= only_marked
-        tally.left = [int(stay.sum()), int(sizes[stay].sum())]
-        audit.tally(step, file.language).add(tally)
+                tally.reject(reason, len(which), int(sizes[which].sum()), examples)
 
     @property
     def _against(self) -> list[str]:
@@ -177,15 +166,20 @@ class Documents:
 
     def _search(self, _: str) -> None:
         """Names the rows that hold what evaluations ask, and counts them; they are left out if the config says so."""
-        questions, audit, cfg = self._questions(), Audit(), self.cfg.decontaminate
+        questions, audit, cfg = self._questions(), Audit(["questions"]), self.cfg.decontaminate
         assert questions is not None
         matches = {}
         for file in self.store.stored():
             pairs = np.load((self.store.root / file.name).with_suffix(MATCHES), allow_pickle=False)
-            matches[file.name] = pairs[:, self.store.is_kept(file.name)[pairs[0]]]
+            dropped = self.store.rows(file.name, DROPPED)[0]
+            matches[file.name] = pairs[:, ~np.isin(pairs[0], dropped)]
         rows, findings = questions.contaminated(matches, cfg.max_documents)
         for name, found in rows.items():
-            self._count_dropped(audit, stored_file(name), {"evaluation_text": found}, "questions", not cfg.remove)
+            file, reason = stored_file(name), "evaluation_text" if cfg.remove else "evaluation_text_kept"
+            self._count_dropped(audit, "questions", file, {reason: found})
+            if not cfg.remove:  # told, and staying
+                tally = audit.tally("questions", file.language)
+                tally.moved = [*tally.rejected[reason]]
             self.store.save_rows(name, QUESTIONS, found)
         audit.save(self.store.work / "questions.audit.json")
         report = {"not_searched": questions.n_short, "findings": [finding._asdict() for finding in findings]}
@@ -234,7 +228,7 @@ class Documents:
     def _require_text_in_every_language(self, audit: Audit) -> None:
         n_docs: Counter[tuple[str, str]] = Counter()
         for file in self.store.stored():
-            n_docs[file.language, file.split] += int(self.store.is_kept(file.name).sum())
+            n_docs[file.language, file.split] += self.store.n_kept(file.name)
         wanted = self.cfg.languages or sorted({lang for lang, _ in n_docs})
         lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
         if wanted and not lacking:

@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from configs.enums import Packing, Runner
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data import balance, engine, tokenizer
+from data import balance, tokenizer
 from data.documents import Documents, finish_folder, key_of
-from data.engine import Step
+from data.engine import Step, run_here
 from data.fertility import report_table, tokenizer_report
 from data.files import sha256, write_whole
 from data.manifest import MANIFEST, TRAIN, VALID, Manifest, ShardEntry, TokenizerEntry
@@ -35,11 +36,11 @@ from data.tokenizer import Encoder
 
 FORMAT = 2
 """Part of the key: raise it when the same documents would give other shards."""
-VERIFIED_DOCS, VERIFIED_ONE_IN = 2, 1000
-"""Ids are compared with those of sentencepiece for the first documents of each shard, then for one in so many."""
+VERIFIED_ONE_IN = 1000
+"""Ids are compared with those of sentencepiece for one document in so many, and the first of each batch."""
 ENCODED_BYTES = 16_000_000
 """Text that is encoded at once: gigatoken remembers words within a call, at about 15 bytes for each of the text."""
-PLAN = "plan.json"
+PLAN, REPORT = "plan.json", "report"
 
 
 def prepare(cfg: RunConfig) -> Path | None:
@@ -53,9 +54,10 @@ def prepare(cfg: RunConfig) -> Path | None:
             corpus.submit()
         else:
             with _alone(corpus.folder):
-                engine.run_here(corpus.steps(), cfg.tasks, corpus.logs)
+                run_here(corpus.steps(), cfg.tasks)
         if not corpus.is_complete:
             return None
+        print(_without_languages((corpus.folder / "tokenizer" / "report.txt").read_text(encoding="utf-8")), flush=True)
     corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
         print(f"what became of every document: {audit}", flush=True)
@@ -91,6 +93,11 @@ def language_table(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def _without_languages(report: str) -> str:
+    head, *rows = report.splitlines()
+    return "\n".join([head, *itertools.dropwhile(lambda row: not row.startswith("mean"), rows)])
+
+
 class Corpus:
     """A corpus: where its parts stand, and the steps that make it. Picklable, for tasks elsewhere."""
 
@@ -121,7 +128,7 @@ class Corpus:
         shards = [
             *([] if self._tokenizer.path else [words]),
             Step("tokenizer", self._whole, self._is_planned, self._train, has_one_unit=True),
-            Step("shards", self._stems, self._is_written, self._write),
+            Step("shards", self._shards_and_report, self._is_written, self._write),
             Step("manifest", self._whole, self._is_whole, self._finish, has_one_unit=True),
         ]
         packing = [
@@ -142,11 +149,13 @@ class Corpus:
 
     def submit(self) -> None:
         """Asks Slurm to do the steps that lack, unless it is at them."""
+        from data import arrays  # datatrove takes half a second to import
+
         name, then = f"marathon-{self.folder.name}", f"logs: {self.logs}\nthe same line goes on when they have ended"
-        if n := engine.queued(name):
+        if n := arrays.queued(name):
             print(f"{n} jobs {name}-* are queued or running; {then}", flush=True)
         elif steps := list(itertools.dropwhile(Step.is_complete, self.steps())):
-            last = engine.submit(steps, self._tasks, self.logs, name)
+            last = arrays.submit(steps, self._tasks, self.logs, name)
             names = ", ".join(step.name for step in steps)
             print(f"submitted arrays {name}-*: {names}; the last is job {last}; {then}", flush=True)
 
@@ -182,42 +191,52 @@ class Corpus:
             print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
             model, weights = balance.train(words, self._tokenizer)
         tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
-        self._report(weights)
-        write_whole(self._work / PLAN, json.dumps(self.documents.store.plan(self._shard_bytes), indent=1))
+        plan = {"weights": weights, "shards": self.documents.store.plan(self._shard_bytes)}
+        write_whole(self._work / PLAN, json.dumps(plan, indent=1))
 
-    def _report(self, weights: dict[str, float]) -> None:
+    def _plan(self) -> Any:
+        return json.loads((self._work / PLAN).read_text(encoding="utf-8"))
+
+    def _report(self) -> None:
+        """Measures the tokenizer, where its text to measure on has the languages of this corpus."""
         folder = self._work / "tokenizer"
         trained_on = [known for hashes in self.documents.inputs.values() for known in hashes.values()]
         try:
             report = tokenizer_report(folder, self._tokenizer, self._languages(), trained_on)
-        except UserError as error:  # the text to measure on may not have the languages of this corpus
-            print(f"tokenizer: not measured: {error.found}", flush=True)
+        except UserError as error:
+            write_whole(folder / "report.txt", f"tokenizer: not measured: {error.found}\n")
             return
-        report |= {"weights": weights}
+        report |= {"weights": self._plan()["weights"]}
         write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        table = report_table(report)
-        write_whole(folder / "report.txt", table + "\n")
-        head, *rows = table.splitlines()
-        print("\n".join([head, *rows[len(report["languages"]) :]]), flush=True)  # each language: in report.txt
+        write_whole(folder / "report.txt", report_table(report) + "\n")
+
+    def _shards_and_report(self) -> list[str]:
+        return [REPORT, *self._stems()]
 
     def _stems(self) -> list[str]:
-        return sorted(json.loads((self._work / PLAN).read_text(encoding="utf-8")))
+        return sorted(self._plan()["shards"])
 
     def _is_written(self, stem: str) -> bool:
-        return (self._work / "entries" / f"{stem}.json").exists()
+        folder, name = ("tokenizer", "report.txt") if stem == REPORT else ("entries", f"{stem}.json")
+        return (self._work / folder / name).exists()
 
-    def _write(self, stem: str) -> None:
+    def _write(self, unit: str) -> None:
+        """One shard, or the report."""
+        if unit == REPORT:
+            self._report()
+        else:
+            self._write_shard(unit)
+
+    def _write_shard(self, stem: str) -> None:
         """One shard, and its entry of the manifest when the files are whole."""
-        groups = json.loads((self._work / PLAN).read_text(encoding="utf-8"))[stem]
         encoder = _encoder(self._work / "tokenizer")
         (self._work / "shards").mkdir(exist_ok=True)
         writer = ShardWriter(self._work / "shards" / stem, encoder.vocab_size, encoder.bos_id, encoder.eos_id)
         licences: set[str] = set()
-        for rows in self.documents.store.read(groups, ENCODED_BYTES):
+        for rows in self.documents.store.read(self._plan()["shards"][stem], ENCODED_BYTES):
             texts = rows["text"].combine_chunks()
             offsets, ids = encoder.encode(texts)
-            n_first = max(VERIFIED_DOCS - writer.n_docs, 1)
-            sample = [i for i in range(rows.num_rows) if i < n_first or i % VERIFIED_ONE_IN == 0]
+            sample = range(0, rows.num_rows, VERIFIED_ONE_IN)
             encoder.verify([texts[i].as_py() for i in sample], [ids[offsets[i] : offsets[i + 1]] for i in sample])
             licences |= set(rows["licence"].unique().to_pylist())
             writer.add(rows.drop_columns(["text"]), offsets[1:], ids)

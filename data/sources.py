@@ -9,6 +9,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -105,14 +106,20 @@ def _problem(value: Any, source: SourceConfig) -> str:
         return "contains_u2581"
     if not lang:
         return "language_missing"
-    if not isinstance(lang, str) or not LANGUAGE.fullmatch(lang):
+    if not isinstance(lang, str) or not _is_language(lang):
         return "language_malformed"
-    if type(value.get(source.id_field)) not in (NoneType, str, int):  # bool is an int and no id
+    if type(value.get(source.id_field)) not in (str, NoneType, int):  # bool is an int and no id
         return "id_malformed"
-    for field, problem in ((source.url_field, "url_malformed"), (source.licence_field, "licence_malformed")):
-        if field and type(value.get(field)) not in (NoneType, str):
-            return problem
+    if (field := source.url_field) and type(value.get(field)) not in (str, NoneType):
+        return "url_malformed"
+    if (field := source.licence_field) and type(value.get(field)) not in (str, NoneType):
+        return "licence_malformed"
     return ""
+
+
+@lru_cache
+def _is_language(code: str) -> bool:
+    return LANGUAGE.fullmatch(code) is not None
 
 
 def _document(name: str, source: SourceConfig, record: Record) -> Document:

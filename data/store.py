@@ -72,8 +72,8 @@ class Store:
         filled: Counter[tuple[str, str, str]] = Counter()
         for file in self.stored():
             part = (file.language, file.source, file.split)
-            is_kept, start = self.is_kept(file.name), 0
             metadata = pq.read_metadata(self.root / file.name)
+            is_kept, start = self.is_kept(file.name, metadata.num_rows), 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group)
                 share = float(np.mean(is_kept[start : start + rows.num_rows]))
@@ -100,16 +100,18 @@ class Store:
 
     def _row_groups(self, groups: Iterable[tuple[str, int]]) -> Iterator[pa.Table]:
         for name, of_file in groupby(groups, key=lambda pair: pair[0]):
-            is_kept, n_alike = self.is_kept(name), self._n_alike(name)
             with pq.ParquetFile(self.root / name) as parquet:
-                n_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+                n_rows = parquet.metadata.num_rows
+                is_kept, n_alike = self.is_kept(name, n_rows), np.ones(n_rows, np.int32)
+                alike, counts = self.rows(name, ALIKE)
+                n_alike[alike] = counts
+                sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
                 for _, group in of_file:
-                    rows = parquet.read_row_group(group)
-                    first = sum(n_rows[:group])
-                    here = slice(first, first + rows.num_rows)
+                    here = slice(sum(sizes[:group]), sum(sizes[: group + 1]))
+                    rows = parquet.read_row_group(group, use_threads=False)
                     rows = rows.append_column("n_alike", pa.array(n_alike[here]))
-                    # A document without text has been removed.
-                    yield rows.filter(pa.array(is_kept[here] & (rows["n_bytes"].to_numpy() > 0)))
+                    stays = is_kept[here] & (rows["n_bytes"].to_numpy() > 0)  # one without text has been removed
+                    yield rows if stays.all() else rows.filter(pa.array(stays))
 
     def texts(self, language: str, split: str, max_bytes: int) -> Iterator[str]:
         """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""
@@ -123,13 +125,17 @@ class Store:
                 if n_bytes <= max_bytes or rank_of(doc_id) * n_bytes < max_bytes * 2**64:
                     yield text
 
-    def is_kept(self, name: str) -> NDArray[np.bool_]:
-        """Which rows of a file are neither copies nor, where these are left out, text of evaluations."""
-        is_kept = np.ones(pq.read_metadata(self.root / name).num_rows, bool)
+    def is_kept(self, name: str, n_rows: int) -> NDArray[np.bool_]:
+        """Which of the rows of a file are neither copies nor, where these are left out, text of evaluations."""
+        is_kept = np.ones(n_rows, bool)
         is_kept[self.rows(name, DROPPED)[0]] = False
         if self._without_questions and (self.root / SEARCHED).exists():
             is_kept[self.rows(name, QUESTIONS)[0]] = False
         return is_kept
+
+    def n_kept(self, name: str) -> int:
+        """How many rows of a file stay."""
+        return int(self.is_kept(name, pq.read_metadata(self.root / name).num_rows).sum())
 
     def rows(self, name: str, kind: str) -> NDArray[np.int64]:
         """int64[2, n]: rows that stand beside a file under that suffix, and what is told of each; n may be 0."""
@@ -147,12 +153,6 @@ class Store:
         if len(rows):
             columns = np.stack([rows, rows if told is None else told]).astype(np.int64)
             write_columns((self.root / name).with_suffix(kind), [columns])
-
-    def _n_alike(self, name: str) -> NDArray[np.int32]:
-        n_alike = np.ones(pq.read_metadata(self.root / name).num_rows, np.int32)
-        rows, counts = self.rows(name, ALIKE)
-        n_alike[rows] = counts
-        return n_alike
 
 
 def stored_file(name: str) -> StoredFile:

@@ -44,7 +44,6 @@ def clean(folder: Path, documents: list[Document], steps: list[Cleaning], cfg: C
     folder.mkdir(parents=True)
     writer = UnitWriter(folder, cfg, None)
     clean_unit(iter(documents), steps, writer, share)
-    writer.close()
     return Audit.load(folder / "audit.json")
 
 

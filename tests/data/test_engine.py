@@ -42,7 +42,7 @@ def test_each_unit_is_done_once_and_only_those_that_lack(tmp_path: Path, workers
     files = Files(tmp_path / "out", 12)
     files.folder.mkdir()
     (files.folder / "05").write_text("before")
-    run_here([files.step], TasksConfig(workers=workers), tmp_path / "logs")
+    run_here([files.step], TasksConfig(workers=workers))
     made = {unit: (files.folder / unit).read_text() for unit in files.units()}
     assert made.pop("05") == "before"
     assert len(set(made.values())) == workers
@@ -53,10 +53,10 @@ def test_what_a_worker_finds_wrong_is_told_whole_and_what_is_done_stays(tmp_path
     files = Files(tmp_path / "out", 12, bad="07")
     files.folder.mkdir()
     with pytest.raises(UserError) as error:
-        run_here([files.step], TasksConfig(workers=2), tmp_path / "logs")
+        run_here([files.step], TasksConfig(workers=2))
     assert (error.value.found, error.value.rule, error.value.repair) == ("unit 07", "units are good", "mend it")
     assert not files.is_done("07") and files.is_done("00")
-    run_here([Files(files.folder, 12).step], TasksConfig(workers=2), tmp_path / "logs")
+    run_here([Files(files.folder, 12).step], TasksConfig(workers=2))
     assert all(map(files.is_done, files.units()))
 
 
@@ -64,9 +64,9 @@ def test_a_worker_that_is_killed_ends_the_step_and_does_not_hang_it(tmp_path: Pa
     files = Files(tmp_path / "out", 12, deadly="03")
     files.folder.mkdir()
     with pytest.raises(UserError, match="a process of the step files was killed") as error:
-        run_here([files.step], TasksConfig(workers=2), tmp_path / "logs")
+        run_here([files.step], TasksConfig(workers=2))
     assert "tasks.workers=1" in error.value.repair
-    run_here([Files(files.folder, 12).step], TasksConfig(workers=2), tmp_path / "logs")
+    run_here([Files(files.folder, 12).step], TasksConfig(workers=2))
     assert all(map(files.is_done, files.units()))
 
 
@@ -76,14 +76,14 @@ from pathlib import Path
 from configs.text import TasksConfig
 from data.engine import run_here
 from tests.data.test_engine import Files
-run_here([Files(Path(sys.argv[1]), 40, seconds=0.2).step], TasksConfig(workers=2), Path(sys.argv[2]))
+run_here([Files(Path(sys.argv[1]), 40, seconds=0.2).step], TasksConfig(workers=2))
 """
 
 
 def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, tmp_path / "out", tmp_path / "logs"], cwd=root)
+    process = subprocess.Popen([sys.executable, "-c", SLOW, tmp_path / "out"], cwd=root)
     while len(made := list((tmp_path / "out").iterdir())) < 2:
         time.sleep(0.02)
     workers = {int(path.read_text()) for path in made if path.read_text()}
