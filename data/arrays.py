@@ -9,12 +9,15 @@ from typing import Any
 
 from datatrove.executor import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from loguru import logger
 
 from configs.errors import UserError
 from configs.text import MAX_TASKS, TasksConfig
 from data.engine import Step
 
 ROOT = Path(__file__).resolve().parents[1]
+
+logger.disable("datatrove")  # it would print a page a task; steps speak for themselves
 
 
 class Share(PipelineStep):  # type: ignore[misc]
@@ -84,6 +87,15 @@ def queued(name: str) -> int:
             "run it on a login node, again in a minute where Slurm did not answer; or tasks.runner=local",
         ) from None
     return sum(line.startswith(f"{name}-") for line in shown.stdout.splitlines())
+
+
+def last_mistake(logs: Path) -> str:
+    """What a task of a step last could not go on for, and the log that says so; empty where none did."""
+    for log in sorted(logs.rglob("slurm_logs/**/*.out"), key=lambda path: -path.stat().st_mtime):
+        _, found, told = log.read_text(encoding="utf-8", errors="replace").rpartition(f"{UserError.__name__}: ")
+        if found:
+            return f"{told.strip()}\n  in:     {log}"
+    return ""
 
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:

@@ -155,6 +155,8 @@ class Corpus:
         if n := arrays.queued(name):
             print(f"{n} jobs {name}-* are queued or running; {then}", flush=True)
         elif steps := list(itertools.dropwhile(Step.is_complete, self.steps())):
+            if mistake := arrays.last_mistake(self.logs / steps[0].name):
+                print(f"before, a task of the step {steps[0].name} could not go on:\n{mistake}", flush=True)
             last = arrays.submit(steps, self._tasks, self.logs, name)
             names = ", ".join(step.name for step in steps)
             print(f"submitted arrays {name}-*: {names}; the last is job {last}; {then}", flush=True)

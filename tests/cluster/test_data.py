@@ -4,6 +4,7 @@ All of it is real but the container: a script stands in for singularity. Like an
 commands; and it holds the jobs of a step while there is a file HOLD/STEP.
 """
 
+import gzip
 import hashlib
 import os
 import subprocess
@@ -124,6 +125,19 @@ def test_arrays_that_are_cancelled_and_killed_make_the_corpus_of_one_process(log
     local = {"MARATHON_SCRATCH": str(tmp_path / "local")}
     login.rig.run(sys.executable, "-m", "marathon.cli", "data", "experiment=smoke", "tasks.workers=1", **local)
     assert corpora(tmp_path) == corpora(tmp_path / "local")
+
+
+def test_a_mistake_that_a_job_finds_is_told_where_the_command_is_given_again(login: Login) -> None:
+    damaged = login.root / "text.jsonl.gz"
+    damaged.write_bytes(gzip.compress(b'{"text": "a", "lang": "de"}\n' * 1000)[:-20])
+    line = (*LINE, f"corpus.sources.udhr.path={damaged}", "corpus.languages=[de]")
+    assert login.marathon(*line).returncode == EXIT_UNFINISHED
+    login.wait_until_over()
+    again = login.marathon(*line)
+    assert again.returncode == EXIT_UNFINISHED and "submitted arrays" in again.stdout
+    assert "a task of the step clean could not go on" in again.stdout
+    assert f"{damaged}: " in again.stdout and "repair: fetch or write the file again" in again.stdout
+    login.wait_until_over()
 
 
 def test_what_slurm_refuses_is_told_and_so_is_a_machine_without_slurm(login: Login) -> None:
