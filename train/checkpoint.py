@@ -19,19 +19,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from model.weights import (
-    MANIFEST,
-    MANIFEST_SHA256,
-    MASTER,
-    PREFIX,
-    RANDOM,
-    FragmentReader,
-    list_checkpoints,
-    manifest_sha256,
-    rank_file,
-    read_manifest,
-    verify_files,
-)
+from data.files import write_whole
+from model import weights
+from model.weights import MASTER, RANDOM, FragmentReader, rank_file, read_manifest
 from train.dist import Rank
 from train.engine import Engine
 from train.progress import Progress
@@ -60,33 +50,29 @@ class Staging:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_device = device.type == "cuda"
         self.device = device
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, engine: Engine) -> Snapshot:
         """This rank's fragments and random states as they are now."""
-        tensors: dict[str, Tensor] = {}
-        fragments = []
+        tensors, fragments, on_device = {}, [], self.device.type == "cuda"
         for owned in engine.fragments():
             fragments.append((owned.name, owned.start, owned.tensors[MASTER].numel()))
             for kind, tensor in owned.tensors.items():
                 key = f"{kind}/{owned.name}/{owned.start}"
-                tensors[key] = self._buffer(key, tensor).copy_(tensor, non_blocking=True)
-        if self.on_device:
+                if key not in self._buffers:
+                    self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+                tensors[key] = self._buffers[key].copy_(tensor, non_blocking=True)
+        tensors[f"{RANDOM}/cpu"] = torch.get_rng_state()
+        if on_device:
             torch.cuda.synchronize(self.device)
-        random = {f"{RANDOM}/{name}": state for name, state in random_states(self.device).items()}
-        return Snapshot(tensors | random, fragments)
-
-    def _buffer(self, key: str, like: Tensor) -> Tensor:
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.on_device)
-        return self._buffers[key]
+            tensors[f"{RANDOM}/cuda"] = torch.cuda.get_rng_state(self.device)
+        return Snapshot(tensors, fragments)
 
 
 def writing_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step is written before it has its name."""
-    return run_dir / "checkpoints" / f".writing-{PREFIX}{step:09d}"
+    return run_dir / "checkpoints" / f".writing-{weights.PREFIX}{step:09d}"
 
 
 def write_part(folder: Path, rank: int, snapshot: Snapshot) -> None:
@@ -95,39 +81,31 @@ def write_part(folder: Path, rank: int, snapshot: Snapshot) -> None:
     path = folder / rank_file(rank)
     sha256, n_bytes = _write_safetensors(path, snapshot.tensors)
     entry = {"sha256": sha256, "bytes": n_bytes, "fragments": snapshot.fragments}
-    beside = path.with_suffix(".tmp")
-    _write_synced(beside, json.dumps(entry))
-    beside.rename(path.with_suffix(".json"))
+    write_whole(path.with_suffix(".json"), json.dumps(entry))
 
 
 def commit(run_dir: Path, progress: dict[str, Any], facts: dict[str, Any], world_size: int) -> Path:
     """Makes a checkpoint of what all ranks have written; returns its folder.
 
-    Args:
-        run_dir: Folder of the run.
-        progress: Of the moment of the snapshot, as `Progress.to_json` gives it.
-        facts: What the checkpoint belongs to (corpus hash, sequence length, rows of the vocabulary, …).
-        world_size: Number of ranks.
+    `progress` is of the moment of the snapshot, as `Progress.to_json` gives it; `facts` are what the checkpoint belongs
+    to (corpus hash, sequence length, rows of the vocabulary, …).
     """
     folder = writing_folder(run_dir, progress["step"])
-    files = {}
-    for rank in range(world_size):
-        entry = (folder / rank_file(rank)).with_suffix(".json")
-        _wait_for(entry)
-        files[rank_file(rank)] = json.loads(entry.read_text(encoding="utf-8"))
-    manifest = json.dumps(
-        {"format": FORMAT, "world_size": world_size, "progress": progress, **facts, "files": files}, indent=1
-    )
-    _write_synced(folder / MANIFEST, manifest)
-    _write_synced(folder / MANIFEST_SHA256, manifest_sha256(manifest.encode()).decode())
-    for rank in range(world_size):
-        (folder / rank_file(rank)).with_suffix(".json").unlink()
-    _sync_folder(folder)
+    entries = {rank_file(rank): (folder / rank_file(rank)).with_suffix(".json") for rank in range(world_size)}
+    files = {name: json.loads(_once_seen(entry).read_text(encoding="utf-8")) for name, entry in entries.items()}
+    found = {"format": FORMAT, "world_size": world_size, "progress": progress, **facts, "files": files}
+    manifest = json.dumps(found, indent=1).encode()
+    for name, content in ((weights.MANIFEST, manifest), (weights.MANIFEST_SHA256, weights.manifest_sha256(manifest))):
+        (folder / name).write_bytes(content)
+        _sync(folder / name)
+    for entry in entries.values():
+        entry.unlink()
+    _sync(folder)
     final = folder.with_name(folder.name.removeprefix(".writing-"))
     if final.exists():  # not whole, or it would have been gone on from
         remove(final)
     folder.rename(final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     return final
 
 
@@ -144,14 +122,13 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
     Each rank hashes a share of the files.
     """
     complaints: list[str] = []
-    for name in reversed(rank.tell([path.name for path in list_checkpoints(run_dir)])):
-        checkpoint = run_dir / "checkpoints" / name
+    for name in reversed(rank.tell([path.name for path in weights.list_checkpoints(run_dir)])):
+        checkpoint, complaint = run_dir / "checkpoints" / name, ""
         try:
-            verify_files(checkpoint, rank.rank, rank.world_size)
-            complaint = ""
+            weights.verify_files(checkpoint, rank.rank, rank.world_size)
         except UserError as error:
             complaint = str(error)
-        found = sorted(set(rank.gather(complaint)) - {""})
+        found = sorted(filter(None, rank.gather(complaint)))
         if not found:
             return checkpoint, complaints
         complaints.append(found[0])
@@ -172,9 +149,7 @@ def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora
         )
     for key, now in identity.items():
         then = manifest[key]
-        if key == "corpus_hash" and then in earlier_corpora:
-            continue
-        if then != now:
+        if then != now and not (key == "corpus_hash" and then in earlier_corpora):
             raise UserError(
                 f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}",
                 "a run keeps corpus, tokenizer, sequence length and seed: they make its order of samples",
@@ -200,44 +175,23 @@ def seed_random(seed: int, rank: Rank) -> None:
     torch.manual_seed(seed * 2**20 + rank.rank)
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """State of each generator that PyTorch draws from here, by device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[device.type] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _sync_folder(path: Path) -> None:
-    """Forces the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
     """Writes a file in the format of safetensors; returns its sha256 and its bytes.
 
     The library would make a second copy of everything and could be hashed only by reading it again. The format:
     uint64 length of the header, the header as JSON padded with spaces to a multiple of 8, the bytes of the tensors.
     """
-    header, n_bytes = {}, 0
+    header, end = {}, 0
     for key, tensor in tensors.items():
-        end = n_bytes + tensor.nbytes
-        header[key] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [n_bytes, end],
-        }
-        n_bytes = end
+        start, end = end, end + tensor.nbytes
+        kind = _SAFETENSORS_TYPES[tensor.dtype]
+        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        start = len(text).to_bytes(8, "little") + text
-        for whole in (memoryview(start), *(memoryview(t.numpy().data).cast("B") for t in tensors.values())):
+        before = len(text).to_bytes(8, "little") + text
+        for whole in (memoryview(before), *(memoryview(t.numpy().data).cast("B") for t in tensors.values())):
             sha256.update(whole)
             while whole:
                 whole = whole[file.write(whole) :]
@@ -245,16 +199,19 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int
         return sha256.hexdigest(), file.tell()
 
 
-def _wait_for(path: Path) -> None:
+def _once_seen(path: Path) -> Path:
     deadline = time.monotonic() + WAIT_FOR_ENTRIES_S
     while not path.exists():
         if time.monotonic() > deadline:
             raise OSError(f"{path} does not appear, though its rank has written it")
         time.sleep(0.05)
+    return path
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

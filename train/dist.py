@@ -27,7 +27,6 @@ class Rank:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     hosts: tuple[str, ...] = ()
     """Node of every rank."""
@@ -41,29 +40,21 @@ class Rank:
         """Waits until every rank has come here."""
         torch_dist.barrier()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums each value over all ranks, in float64."""
-        return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
+    def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[float]:
+        """Sums each value over all ranks, in float64; in int64, which is exact modulo 2**64, where that is asked."""
+        on_device = torch.tensor(values, dtype=dtype).to(self.device)
+        torch_dist.all_reduce(on_device)
+        return on_device.tolist()
 
     def gather_floats(self, value: float) -> list[float]:
         """What every rank gives, in order of ranks."""
         return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
-
-    def sum_integers(self, values: Sequence[int]) -> list[int]:
-        """Sums each value over all ranks, modulo 2**64, in int64."""
-        return self._sum(torch.tensor(values, dtype=torch.int64)).tolist()
 
     def gather(self, fact: Any) -> list[Any]:
         """What every rank gives, in order of ranks, on every rank; for small things and rare moments."""
         facts: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(facts, fact)
         return facts
-
-    def max(self, value: float) -> float:
-        """The largest value of all ranks."""
-        on_device = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch_dist.all_reduce(on_device, torch_dist.ReduceOp.MAX)
-        return on_device.item()
 
     def tell(self, fact: Fact) -> Fact:
         """The first rank's fact, on every rank."""
@@ -77,54 +68,42 @@ class Rank:
         torch_dist.broadcast(on_device, 0)
         return on_device
 
-    def raise_together(self, error: UserError | None) -> None:
-        """Ends all ranks where one has an error; the first rank raises it, so that it is told once."""
-        found = [e for e in self.gather(error and (error.found, error.rule, error.repair)) if e]
-        if found:
-            raise UserError(*found[0]) if self.is_first else SystemExit(EXIT_MISTAKE)
+    def together(self, action: Callable[[], object]) -> None:
+        """All ranks do what may raise `UserError`: where it does on any, all end, and the first rank tells why."""
+        mistake = None
+        try:
+            action()
+        except UserError as error:
+            mistake = error.found, error.rule, error.repair
+        mistakes = [told for told in self.gather(mistake) if told]
+        if mistakes:
+            raise UserError(*mistakes[0]) if self.is_first else SystemExit(EXIT_MISTAKE)
 
     def first_does(self, action: Callable[[], object]) -> None:
         """The first rank does something that may raise `UserError`; all go on or none."""
-        error = None
-        if self.is_first:
-            try:
-                action()
-            except UserError as refusal:
-                error = refusal
-        self.raise_together(error)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        on_device = values.to(self.device)
-        torch_dist.all_reduce(on_device)
-        return on_device.cpu()
+        self.together(action if self.is_first else lambda: None)
 
 
 class Stopwatch:
-    """Sums the time of what is done inside; on a device the device's own time, without waiting for it."""
+    """Times what is done inside; on a device in the device's own time, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
         self.spans: list[tuple[Any, Any]] = []
-        self.seconds = 0.0
 
     def __enter__(self) -> None:
         self.began = self._mark()
 
     def __exit__(self, *_: object) -> None:
-        now = self._mark()
-        if self.on_device:
-            self.spans.append((self.began, now))
-        else:
-            self.seconds += now - self.began
+        self.spans.append((self.began, self._mark()))
 
     def read(self) -> float:
         """Seconds since the last reading."""
-        for began, ended in self.spans:
-            ended.synchronize()
-            self.seconds += began.elapsed_time(ended) / 1000
-        seconds, self.seconds = self.seconds, 0.0
-        self.spans.clear()
-        return seconds
+        spans, self.spans = self.spans, []
+        if self.on_device and spans:
+            spans[-1][1].synchronize()
+            return float(sum(began.elapsed_time(ended) for began, ended in spans)) / 1000
+        return float(sum(ended - began for began, ended in spans))
 
     def _mark(self) -> Any:
         if not self.on_device:
@@ -140,11 +119,9 @@ def join(cfg: RunConfig) -> Rank:
     Raises:
         UserError: the number of processes is not what the config was frozen for.
     """
-    rank, world_size, local_rank = (
-        _fact("RANK", "SLURM_PROCID", 0),
-        _fact("WORLD_SIZE", "SLURM_NTASKS", 1),
-        _fact("LOCAL_RANK", "SLURM_LOCALID", 0),
-    )
+    rank = _fact("RANK", "SLURM_PROCID", 0)
+    world_size = _fact("WORLD_SIZE", "SLURM_NTASKS", 1)
+    local_rank = _fact("LOCAL_RANK", "SLURM_LOCALID", 0)
     if world_size != cfg.cluster.world_size:
         raise UserError(
             f"{world_size} processes for cluster.nodes = {cfg.cluster.nodes} x "
@@ -168,15 +145,14 @@ def join(cfg: RunConfig) -> Rank:
         timeout=datetime.timedelta(seconds=cfg.engine.timeout_s + 120),
         device_id=None if on_cpu else device,
     )
-    alone = Rank(rank, world_size, local_rank, device)
+    alone = Rank(rank, world_size, device)
     host = os.environ.get("SLURMD_NODENAME") or platform.node()
     return replace(alone, hosts=tuple(alone.gather(host)))
 
 
 def leave() -> None:
-    """Ends the process group, if there is one."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
+    """Ends the process group."""
+    torch_dist.destroy_process_group()
 
 
 def _fact(name: str, slurm_name: str, default: int) -> int:

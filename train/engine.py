@@ -7,28 +7,28 @@ fp32 partition, which the BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those 
 it keeps each parameter's partition, `grad_position`.
 """
 
-import contextlib
 import io
 import logging
 import os
 import unittest.mock
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from configs.enums import Precision
+from configs.errors import UserError
 from configs.schema import EngineConfig, OptimConfig
 from model.decoder import Decoder
 from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, FragmentReader
-from train.batch import StepShape
 from train.dist import Rank, Stopwatch
-from train.optim import adamw
-from train.versions import refuse_known_bad
+from train.schedule import StepShape
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,7 +44,6 @@ with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: 
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FRAGMENT_LINK = "_hp_mapping"
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class NextTokenLoss(nn.Module):
         """
         if doc_BT1 is None:
             # Through this module and not around it: ZeRO-3 gathers weights where it sees a forward pass begin.
-            logits: Tensor = self.decoder(tokens_BT1)
-            return logits
+            return cast(Tensor, self.decoder(tokens_BT1))
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
         hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
         nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
@@ -96,11 +94,11 @@ class Engine:
             for block in decoder.blocks:
                 # A graph for each shape: kernels for any shape would be others, depending on which came first.
                 block.compile(dynamic=False)
-        with contextlib.redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
+        with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
                 model=NextTokenLoss(self.decoder),
                 optimizer=adamw(self.decoder, optim),
-                config=deepspeed_config(engine, optim, shape, rank.world_size),
+                config=deepspeed_config(engine, optim, shape),
                 dist_init_required=False,
             )
         self.rank = rank
@@ -116,8 +114,7 @@ class Engine:
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-        result: Tensor = counts
-        return result
+        return cast(Tensor, counts)
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Ends the accumulation: clips, steps, clears.
@@ -136,17 +133,15 @@ class Engine:
         self.engine.eval()
         # Lengths differ from batch to batch; a graph for each is not worth compiling.
         with torch.compiler.set_stance("force_eager"):
-            found: Tensor = self.engine(tokens_BT)
+            found = cast(Tensor, self.engine(tokens_BT))
         self.engine.train()
         return found
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
         for name, start, flat, where in self._places():
-            state = self._state(flat)
-            yield OwnedFragment(
-                name, start, {MASTER: flat.data[where], **{kind: state[kind][where] for kind in MOMENTS}}
-            )
+            state = {MASTER: flat.data, **self._state(flat)}
+            yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
         """Takes weights and moments from a checkpoint, whatever world size or stage wrote it.
@@ -181,7 +176,7 @@ class Engine:
                 numel = min(share, self.shapes[name].numel() - start)  # the last parts are padded, or padding alone
                 if numel > 0:
                     yield name, start, zero.fp32_partitioned_groups_flat[group], slice(offset, offset + numel)
-            elif (link := getattr(parameter, FRAGMENT_LINK)) is not None:
+            elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
                 inside = link.hp_fragment_address
                 yield name, link.lp_fragment_address.start, flat, slice(inside.start, inside.start + inside.numel)
@@ -195,12 +190,24 @@ class Engine:
         return state
 
 
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape, world_size: int) -> dict[str, Any]:
+def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW of PyTorch in its fused form, which needs no extension compiled at run time.
+
+    Matrices are decayed; norms and the input embedding are not.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in decoder.parameters():
+        (decayed if parameter.ndim >= 2 and parameter is not decoder.embedding.weight else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape) -> dict[str, Any]:
     """Our settings in DeepSpeed's words; what is not settable here is fixed for a reason.
 
-    `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for
-    both, which in bf16 loses small gradients; with the pair, the stages differ in
-    the order of sums alone.
+    `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for both,
+    which in bf16 loses small gradients; with the pair, the stages differ in the order of sums alone.
     """
     return {
         "train_batch_size": shape.seqs_per_step,
@@ -221,3 +228,23 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape,
         },
         "steps_per_print": 2**31,
     }
+
+
+def refuse_known_bad(deepspeed: str, pytorch: str, cfg: EngineConfig) -> None:
+    """Raises `UserError` for versions that compute something else than they should with these settings."""
+    version, stage = Version(deepspeed), cfg.zero_stage
+    if Version("0.18.6") <= version < Version("0.19.0") and stage == 1 and cfg.precision is Precision.bf16:
+        rule = (
+            "DeepSpeed 0.18.6 to 0.18.10 lose most of the last micro batch with ZeRO-1 in bf16 (its pull request 7985)"
+        )
+    elif version < Version("0.18.9") and stage == 3 and Version(pytorch) >= Version("2.10"):
+        rule = "DeepSpeed before 0.18.9 races with torch 2.10 and later in ZeRO-3 (its pull request 7898)"
+    elif version < Version("0.19.5"):
+        rule = "Marathon is tested with DeepSpeed 0.19.5 and later, and uses parts of it that older versions lack"
+    else:
+        return
+    raise UserError(
+        f"DeepSpeed {deepspeed} with torch {pytorch}, ZeRO-{stage} in {cfg.precision.value}",
+        rule,
+        "a container or environment with DeepSpeed 0.19.5 or later: slurm/build_env.sh",
+    )

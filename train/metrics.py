@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from configs.compose import to_yaml
-from configs.enums import Device, WandbMode
+from configs.enums import WandbMode
 from configs.schema import RunConfig
 from ledger.progress import Progress
 from train.dist import Rank
@@ -27,14 +27,13 @@ class Metrics:
     """Writes metric records; on ranks other than the first it does nothing."""
 
     def __init__(self, run_dir: Path, cfg: RunConfig, rank: Rank, step: int) -> None:
-        self.path = run_dir / "metrics.jsonl" if rank.is_first else None
-        self.steps = cfg.train.steps
+        self.path, self.steps, self.is_first = run_dir / "metrics.jsonl", cfg.train.steps, rank.is_first
         self.terminal = Progress("training", "steps", self.steps, done=step, shown=rank.is_first)
         self._wandb = _start_wandb(run_dir, cfg) if rank.is_first and cfg.log.wandb is not WandbMode.off else None
 
     def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
         """One record: appended to metrics.jsonl, a line on the terminal, and sent to wandb."""
-        if self.path is None:
+        if not self.is_first:
             return
         record = {"kind": kind, "step": step, "tokens": tokens, **values, "time": round(time.time(), 3)}
         # Infinity and NaN are not JSON; a reader should not stumble over the record that tells of them.
@@ -67,7 +66,6 @@ def peak_flops(cfg: RunConfig, rank: Rank) -> float:
     """
     if cfg.cluster.peak_tflops > 0:
         return cfg.cluster.peak_tflops * 1e12
-    assert cfg.cluster.device is Device.cpu
     a, b = torch.randn(2, 1024, 1024)
     best_s = math.inf
     rank.barrier()
@@ -93,8 +91,6 @@ def _line(record: dict[str, Any], steps: int) -> str:
 def _start_wandb(run_dir: Path, cfg: RunConfig) -> Any:
     import wandb
 
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
         project=cfg.log.wandb_project,
@@ -102,16 +98,13 @@ def _start_wandb(run_dir: Path, cfg: RunConfig) -> Any:
         id=cfg.name,
         resume="allow",
         mode="online" if cfg.log.wandb is WandbMode.online else "offline",
-        dir=str(logs),
+        dir=str(run_dir / "logs"),
         config={"yaml": to_yaml(cfg)},
     )
 
 
-def _flat(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out.update({f"{kind}/{key}/{inner}": number for inner, number in value.items()})
-        else:
-            out[f"{kind}/{key}"] = value
-    return out
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = [_flat(f"{prefix}/{key}", inner) for key, inner in value.items()]
+    return dict(item for part in parts for item in part.items())

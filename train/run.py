@@ -22,17 +22,16 @@ from model.flops import count_parameters, flops_per_token
 from model.init import init_weights, left_empty
 from model.weights import list_checkpoints, read_manifest
 from train import checkpoint
-from train.batch import step_shape
 from train.dist import Rank, join, leave
 from train.engine import Engine
-from train.faults import JobClock, RunLock, StopSignals
-from train.loop import End, Job, begin, train
+from train.faults import JobClock, RunLock, StopSignals, Watchdog
+from train.loop import Job, begin, train
 from train.metrics import MFU_FORMULA, Metrics, peak_flops
 from train.progress import Progress
 from train.retention import require_space
 from train.saving import Saver
+from train.schedule import step_shape
 from train.selftest import self_test
-from train.watchdog import Watchdog
 
 
 def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
@@ -45,16 +44,16 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     try:
         job = _prepare(cfg, run_dir, corpus_dir, rank, signals, watchdog)
         try:
-            end = train(job)
+            finished = train(job)
         finally:
             job.metrics.close()
         if rank.is_first:
-            _record_end(job, end)
+            _record_end(job, finished)
         rank.barrier()
     finally:
         watchdog.close()
         leave()
-    return 0 if end is End.finished else EXIT_UNFINISHED
+    return 0 if finished else EXIT_UNFINISHED
 
 
 def _prepare(
@@ -73,7 +72,6 @@ def _prepare(
     earlier_corpora = [removal["corpus_hash_before"] for removal in manifest.removed]
     resume_from = _choose_checkpoint(rank, run_dir, identity, earlier_corpora)
     progress = Progress.from_json(read_manifest(resume_from)["progress"]) if resume_from else Progress()
-    rank.first_does(lambda: _refuse_fewer_steps(cfg, progress.step))
     rank.first_does(lambda: require_space(run_dir, cfg, vocab_rows, progress.step))
     seqs = cfg.train.seqs_per_step
     phases, mixtures = plan_phases(
@@ -85,7 +83,11 @@ def _prepare(
         seq_len=cfg.train.seq_len,
     )
 
-    engine = _engine(cfg, vocab_rows, rank, has_weights=resume_from is not None)
+    with left_empty():
+        decoder = Decoder(cfg.model, vocab_rows)
+    if resume_from is None:
+        init_weights(decoder, cfg.seed)
+    engine = Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
     metrics = Metrics(run_dir, cfg, rank, progress.step)
     keep = cfg.train.keep_checkpoints, cfg.train.keep_every_steps
     job = Job(
@@ -97,7 +99,6 @@ def _prepare(
         samples=Samples(corpus_dir, phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing),
         held_out=ValidDocuments(corpus_dir).read_all(),
         progress=progress,
-        identity=identity,
         flops_per_token=flops_per_token(cfg.model, vocab_rows, cfg.train.seq_len),
         peak_flops=peak_flops(cfg, rank),
         metrics=metrics,
@@ -108,11 +109,10 @@ def _prepare(
     )
     if resume_from is not None:
         checkpoint.restore(resume_from, engine, rank, cfg.seed)
-        _tell_changes(job, phases)
+    if rank.is_first:
+        _announce(job, phases, mixtures, count_parameters(cfg.model, vocab_rows))
     if phases != progress.phases:
         progress.phases, progress.losses = phases, []  # with other text the loss is another, which is no spike
-    if rank.is_first:
-        _announce(job, mixtures)
     if resume_from is None:
         checkpoint.seed_random(cfg.seed, rank)
         begin(job)
@@ -124,30 +124,20 @@ def _prepare(
 
 def _verify_corpus(rank: Rank, run_dir: Path, corpus_dir: Path, watchdog: Watchdog) -> None:
     """Every shard is there, and those that changed since they were last hashed are what the manifest says."""
-    ledger, marks = Ledger(run_dir), {}
-
-    def look() -> None:
-        marks.update(corpus.marks(corpus_dir))
-
-    rank.first_does(look)
+    ledger, marks = Ledger(run_dir), dict[str, list[int]]()
+    rank.first_does(lambda: marks.update(corpus.marks(corpus_dir)))
     last = ledger.last("corpus_verified", path=str(corpus_dir)) if rank.is_first else None
     known = last["marks"] if last else {}
     changed = rank.tell(sorted(name for name, mark in marks.items() if known.get(name) != mark))
-    error = None
-    try:
-        corpus.verify_files(corpus_dir, _watched(changed[rank.rank :: rank.world_size], watchdog))
-    except UserError as mismatch:
-        error = mismatch
-    rank.raise_together(error)
+
+    def share() -> Iterator[str]:
+        for name in changed[rank.rank :: rank.world_size]:
+            watchdog.alive()  # each may take a while, and all of them longer than a hang
+            yield name
+
+    rank.together(lambda: corpus.verify_files(corpus_dir, share()))
     if rank.is_first and changed:
         ledger.append("corpus_verified", path=str(corpus_dir), files=len(changed), marks=marks)
-
-
-def _watched(names: list[str], watchdog: Watchdog) -> Iterator[str]:
-    """The names, one by one: what is done with each may take a while, and all of them longer than a hang."""
-    for name in names:
-        watchdog.alive()
-        yield name
 
 
 def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any], earlier_corpora: list[str]) -> Path | None:
@@ -155,75 +145,44 @@ def _choose_checkpoint(rank: Rank, run_dir: Path, identity: dict[str, Any], earl
     if rank.is_first:
         checkpoint.remove_unfinished(run_dir)
     found, complaints = checkpoint.newest_usable(run_dir, rank)
-    if rank.is_first:
+
+    def judge() -> None:
         for complaint in complaints:
             print(f"not used: {complaint}", flush=True)
             Ledger(run_dir).append("checkpoint_damaged", complaint=complaint)
-    if found is None:
-        if complaints:
-            rank.first_does(lambda: _refuse_to_begin_again(run_dir, complaints))
-        return None
-    rank.first_does(lambda: checkpoint.require_identity(found, identity, earlier_corpora))
+        if found is not None:
+            checkpoint.require_identity(found, identity, earlier_corpora)
+        elif complaints:
+            raise UserError(
+                f"none of {len(complaints)} checkpoints in {run_dir / 'checkpoints'} is whole",
+                "a run does not begin again over what may be saved yet",
+                "bring one back, from a copy or an earlier `marathon move`; or move the folder away to begin again",
+            )
+
+    rank.first_does(judge)
     return found
 
 
-def _refuse_fewer_steps(cfg: RunConfig, step: int) -> None:
-    if step > cfg.train.steps:
-        raise UserError(
-            f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {step}",
-            "a run may be made longer, or end where it stands",
-            f"train.tokens={step * cfg.train.tokens_per_step} or more",
-        )
-
-
-def _refuse_to_begin_again(run_dir: Path, complaints: list[str]) -> None:
-    raise UserError(
-        f"none of {len(complaints)} checkpoints in {run_dir / 'checkpoints'} is whole",
-        "a run does not begin again over what may be saved yet",
-        "bring one back, from a copy or an earlier `marathon move`; or move the folder away to begin again",
-    )
-
-
-def _engine(cfg: RunConfig, vocab_rows: int, rank: Rank, has_weights: bool) -> Engine:
-    """The engine; where a checkpoint has the weights, none are drawn."""
-    with left_empty():
-        decoder = Decoder(cfg.model, vocab_rows)
-    if not has_weights:
-        init_weights(decoder, cfg.seed)
-    return Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
-
-
-def _tell_changes(job: Job, phases: list[Phase]) -> None:
-    """A new phase of the mixture, and a ledger that has lost lines since the checkpoint."""
-    if not job.rank.is_first:
-        return
-    ledger, progress = Ledger(job.run_dir), job.progress
-    if phases != progress.phases:
-        changed = [phase for phase in (*phases, *progress.phases) if (phase in phases) != (phase in progress.phases)]
-        at = min(phase.from_position for phase in changed)
-        job.metrics.terminal.say(f"the mixture changes at position {at:,}:")
+def _announce(job: Job, phases: list[Phase], mixtures: list[Mixture], parameters: int) -> None:
+    """What is about to be trained, and what is not as it was when the checkpoint was saved."""
+    cfg, progress, say, ledger = job.cfg, job.progress, job.metrics.terminal.say, Ledger(job.run_dir)
+    before, device = progress.phases, job.rank.device
+    if before and phases != before:
+        at = min(phase.from_position for phase in (*phases, *before) if (phase in phases) != (phase in before))
+        say(f"the mixture changes at position {at:,}:")
         later = [asdict(phase) for phase in phases if phase.from_position >= at]
         ledger.append("mixture_phase", step=progress.step, from_position=at, phases=later)
-    if ledger.n_bytes < progress.ledger_bytes:
-        lost = progress.ledger_bytes - ledger.n_bytes
+    if (lost := progress.ledger_bytes - ledger.n_bytes) > 0:
         ledger.append("ledger_short", lost=gap(f"{lost} bytes that stood here when step {progress.step} was saved"))
-        job.metrics.terminal.say(
-            f"warning: the ledger is {lost} bytes shorter than when step {progress.step} was saved"
-        )
-
-
-def _announce(job: Job, mixtures: list[Mixture]) -> None:
-    cfg, progress = job.cfg, job.progress
-    parameters = count_parameters(cfg.model, job.identity["vocab_rows"])
-    job.metrics.terminal.say(table(mixtures))
-    job.metrics.terminal.say(
+        say(f"warning: the ledger is {lost} bytes shorter than when step {progress.step} was saved")
+    say(table(mixtures))
+    say(
         f"{parameters:,} parameters, {cfg.train.steps} steps of {cfg.train.tokens_per_step:,} tokens: {job.shape}\n"
         f"{MFU_FORMULA}; {job.flops_per_token:,.0f} FLOPs per token; peak {job.peak_flops / 1e12:.3g} TFLOP/s a device "
         f"({cfg.cluster.peak_source})"
     )
     if progress.step:
-        job.metrics.terminal.say(f"resuming at step {progress.step}, {progress.tokens:,} tokens")
-    ledger = Ledger(job.run_dir)
+        say(f"resuming at step {progress.step}, {progress.tokens:,} tokens")
     rules = ", then ".join(mixture.rule for mixture in mixtures)
     ledger.append("mixture", rule=rules, rows=language_rows(mixtures), phases=[asdict(mixture) for mixture in mixtures])
     ledger.append(
@@ -242,19 +201,14 @@ def _announce(job: Job, mixtures: list[Mixture]) -> None:
         software=host.software(),
         commit=host.commit(),
         container=host.container(),
-        device=_device_name(job.rank),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else host.hardware()["processor"],
     )
 
 
-def _device_name(rank: Rank) -> Any:
-    return torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else host.hardware()["processor"]
-
-
-def _record_end(job: Job, end: End) -> None:
-    progress, finished = job.progress, end is End.finished
-    reason = job.signals.received or (
-        "the end of the job's time" if job.clock.is_over() else "a signal to another rank"
-    )
+def _record_end(job: Job, finished: bool) -> None:
+    progress = job.progress
+    out_of_time = "the end of the job's time" if job.clock.is_over() else "a signal to another rank"
+    reason = job.signals.received or out_of_time
     Ledger(job.run_dir).append(
         "train_end" if finished else "train_stop",
         reason="last step" if finished else reason,
@@ -266,9 +220,7 @@ def _record_end(job: Job, end: End) -> None:
         skipped_steps=progress.skipped_steps,
         rewinds=progress.rewinds,
         order_hash=progress.order_hash,
-        consumed=progress.consumed,
-        consumed_by_source=progress.consumed_by_source,
-        consumed_by_part=progress.consumed_by_part,
+        **progress.consumption,
     )
     if not finished:
         print(f"stopped by {reason} after step {progress.step}; saved", flush=True)

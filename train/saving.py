@@ -45,15 +45,11 @@ class Saver:
         self.run_dir, self.engine, self.rank, self.facts, self.keep, self.say = run_dir, engine, rank, facts, keep, say
         self.slowest_s = 0.0
         """The longest that a checkpoint has taken from its snapshot to its name; known to the first rank."""
-        self.blocked_s = 0.0
-        """How long the loop stood still for the last snapshot."""
         self._staging = Staging(rank.device)
         self._staging.copy(engine)  # takes the memory now and not while the loop waits
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._part: Future[None] | None = None
         self._commit: Future[Path] | None = None
-        self._progress: dict[str, Any] = {}
-        self._began_s = 0.0
 
     def begin(self, progress: Progress) -> None:
         """Takes a snapshot and begins to write it; waits for the one before, where that is not complete."""
@@ -61,8 +57,8 @@ class Saver:
         progress.ledger_bytes = Ledger(self.run_dir).n_bytes if self.rank.is_first else 0
         self._began_s = time.monotonic()
         snapshot = self._staging.copy(self.engine)
-        self.blocked_s = time.monotonic() - self._began_s
-        self._progress = deepcopy(progress.to_json())
+        self._blocked_s = time.monotonic() - self._began_s
+        self._progress = deepcopy(progress)
         folder = checkpoint.writing_folder(self.run_dir, progress.step)
         self._part = self._background.submit(_write_with_patience, folder, self.rank.rank, snapshot)
 
@@ -73,10 +69,10 @@ class Saver:
             return 0, 0
         return (0, int(self._part.exception() is not None)) if self._part.done() else (1, 0)
 
-    def advance(self, n_writing: int, n_failed: int) -> None:
+    def advance(self, n_writing: float, n_failed: float) -> None:
         """Takes the sums of all ranks' votes: commits what is written, gives up what has failed."""
         if self._part is not None and n_writing == 0:
-            self._end_part(n_failed)
+            self._end_part(self._part, n_failed)
         self._collect_commit(wait=False)
 
     def finish(self) -> None:
@@ -86,38 +82,45 @@ class Saver:
             UserError: the one under way could not be written, on any rank.
         """
         failure = self.wait()
-        self.rank.raise_together(_unwritable(self.run_dir, failure) if failure else None)
+
+        def refuse() -> None:
+            if failure:
+                raise UserError(
+                    f"a checkpoint cannot be written: {failure}",
+                    "a run ends only with its last state on disk; the checkpoints before it are whole",
+                    f"make room, or mend the file system, at {self.run_dir / 'checkpoints'}, "
+                    "then start the same line again",
+                )
+
+        self.rank.together(refuse)
 
     def wait(self) -> BaseException | None:
         """Returns when no checkpoint is under way, with what has failed on this rank; collective."""
         failure = None
         if self._part is not None:
             failure = self._part.exception()
-            self._end_part(self.rank.sum_integers([failure is not None])[0])
+            [n_failed] = self.rank.sum([failure is not None])
+            self._end_part(self._part, n_failed)
         return failure or self._collect_commit(wait=True)
 
-    def _end_part(self, n_failed: int) -> None:
-        """All ranks have come to the end of their files."""
-        assert self._part is not None
-        error, self._part = self._part.exception(), None
+    def _end_part(self, part: Future[None], n_failed: float) -> None:
+        """All ranks have come to the end of their files. Where one failed, training goes on without this checkpoint."""
+        self._part = None
         if n_failed:
-            self._give_up(error)
+            error = part.exception()
+            told = [text for text in self.rank.gather(error and (str(error) or repr(error))) if text]
+            if self.rank.is_first:
+                self._tell_failure(f"{told[0]} ({len(told)} of {self.rank.world_size} ranks failed)")
         elif self.rank.is_first:
             self._commit = self._background.submit(self._commit_and_clean)
 
     def _commit_and_clean(self) -> Path:
-        path = checkpoint.commit(self.run_dir, self._progress, self.facts, self.rank.world_size)
-        remove_old(self.run_dir, self._progress["step"], *self.keep)
+        path = checkpoint.commit(self.run_dir, self._progress.to_json(), self.facts, self.rank.world_size)
+        remove_old(self.run_dir, self._progress.step, *self.keep)
         return path
 
-    def _give_up(self, error: BaseException | None) -> None:
-        """Training goes on, and the next checkpoint is tried as usual; the last good one is untouched."""
-        told = [text for text in self.rank.gather(error and (str(error) or repr(error))) if text]
-        if self.rank.is_first:
-            self._tell_failure(f"{told[0]} ({len(told)} of {self.rank.world_size} ranks failed)")
-
     def _tell_failure(self, error: str) -> None:
-        step = self._progress["step"]
+        step = self._progress.step
         shutil.rmtree(checkpoint.writing_folder(self.run_dir, step), ignore_errors=True)
         print(f"the checkpoint of step {step} could not be written: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # a full disk has no room for the ledger either
@@ -137,14 +140,12 @@ class Saver:
         Ledger(self.run_dir).append(
             "checkpoint",
             name=path.name,
-            step=progress["step"],
-            tokens=progress["tokens"],
+            step=progress.step,
+            tokens=progress.tokens,
             sha256=checkpoint_sha256(path),
-            order_hash=progress["order_hash"],
-            consumed=progress["consumed"],
-            consumed_by_source=progress["consumed_by_source"],
-            consumed_by_part=progress["consumed_by_part"],
-            blocked_s=round(self.blocked_s, 3),
+            order_hash=progress.order_hash,
+            **progress.consumption,
+            blocked_s=round(self._blocked_s, 3),
             written_s=round(written_s, 3),
         )
         self.say(f"saved {path.name}")
@@ -161,11 +162,3 @@ def _write_with_patience(folder: Path, rank: int, snapshot: Snapshot) -> None:
         else:
             return
     checkpoint.write_part(folder, rank, snapshot)
-
-
-def _unwritable(run_dir: Path, failure: BaseException) -> UserError:
-    return UserError(
-        f"a checkpoint cannot be written: {failure}",
-        "a run ends only with its last state on disk; the checkpoints before it are whole",
-        f"make room, or mend the file system, at {run_dir / 'checkpoints'}, then start the same line again",
-    )

@@ -191,8 +191,8 @@ def test_a_folder_that_is_read_only(tmp_path, alone, impatient, read_only):
 
 def save_on_two_ranks(folder):
     """One rank: steps beside slow and failing writes; what the first rank has seen, and the others told it."""
-    from train.batch import step_shape
     from train.dist import join, leave
+    from train.schedule import step_shape
 
     cfg = config(2)
     rank = join(cfg)
