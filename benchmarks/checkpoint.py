@@ -25,11 +25,10 @@ from configs.compose import compose
 from model.decoder import Decoder
 from model.flops import count_parameters
 from model.init import init_weights
-from train.checkpoint import Staging
+from train.checkpoint import Saver, Staging
 from train.dist import join, leave
 from train.engine import Engine
 from train.progress import Progress
-from train.saving import Saver
 from train.schedule import step_shape
 
 VOCAB_ROWS = 16_384

@@ -1,7 +1,4 @@
-"""Who this process is among the ranks, and what ranks say to each other.
-
-Facts come from torchrun's variables, or from Slurm's where srun started the process itself.
-"""
+"""Who this process is among the ranks, by torchrun's variables or Slurm's, and what ranks say to each other."""
 
 import datetime
 import os
@@ -74,10 +71,10 @@ class Rank:
         try:
             action()
         except UserError as error:
-            mistake = error.found, error.rule, error.repair
+            mistake = error
         mistakes = [told for told in self.gather(mistake) if told]
         if mistakes:
-            raise UserError(*mistakes[0]) if self.is_first else SystemExit(EXIT_MISTAKE)
+            raise mistakes[0] if self.is_first else SystemExit(EXIT_MISTAKE)
 
     def first_does(self, action: Callable[[], object]) -> None:
         """The first rank does something that may raise `UserError`; all go on or none."""
@@ -116,12 +113,11 @@ class Stopwatch:
 def join(cfg: RunConfig) -> Rank:
     """Makes this process a rank of the job: device, threads, process group.
 
-    Raises:
-        UserError: the number of processes is not what the config was frozen for.
+    Raises `UserError` where the number of processes is not what the config was frozen for.
     """
-    rank = _fact("RANK", "SLURM_PROCID", 0)
-    world_size = _fact("WORLD_SIZE", "SLURM_NTASKS", 1)
-    local_rank = _fact("LOCAL_RANK", "SLURM_LOCALID", 0)
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if world_size != cfg.cluster.world_size:
         raise UserError(
             f"{world_size} processes for cluster.nodes = {cfg.cluster.nodes} x "
@@ -150,10 +146,4 @@ def join(cfg: RunConfig) -> Rank:
     return replace(alone, hosts=tuple(alone.gather(host)))
 
 
-def leave() -> None:
-    """Ends the process group."""
-    torch_dist.destroy_process_group()
-
-
-def _fact(name: str, slurm_name: str, default: int) -> int:
-    return int(os.environ.get(name) or os.environ.get(slurm_name) or default)
+leave = torch_dist.destroy_process_group

@@ -1,10 +1,9 @@
 """DeepSpeed, and nothing of it beyond this file.
 
-The engine takes micro batches, accumulates and reduces gradients in fp32, steps the sharded optimizer, and
-gives access to the shards as fragments: ranges of named parameters, which is what a checkpoint stores.
-Fragments of ZeRO 1 and 2 go through `_hp_mapping`, DeepSpeed's own link from a parameter to its part of the flat
-fp32 partition, which the BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 through the places where
-it keeps each parameter's partition, `grad_position`.
+The engine takes micro batches, accumulates and reduces gradients in fp32, steps the sharded optimizer, and gives access
+to the shards as fragments: ranges of named parameters, which is what a checkpoint stores. Those of ZeRO 1 and 2 are
+found by `_hp_mapping`, DeepSpeed's own link from a parameter to its part of the flat fp32 partition, which the
+BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 by its table of partitions, `grad_position`.
 """
 
 import io
@@ -101,8 +100,7 @@ class Engine:
                 config=deepspeed_config(engine, optim, shape),
                 dist_init_required=False,
             )
-        self.rank = rank
-        self.zero_stage = engine.zero_stage
+        self.rank, self.zero_stage = rank, engine.zero_stage
         self.forward_time = Stopwatch(rank.device)
         """Of this rank's own forward passes: what tells a slow device from one that waits for it."""
 
@@ -119,8 +117,8 @@ class Engine:
     def step(self, lr: float) -> tuple[float, bool]:
         """Ends the accumulation: clips, steps, clears.
 
-        Returns the gradient's norm before clipping, and whether it was applied: one that is not finite is left
-        out by all ranks alike, and weights and moments stay as they were.
+        Returns the gradient's norm before clipping, and whether it was applied: one that is not finite is left out by
+        all ranks alike, and weights and moments stay as they were.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -144,10 +142,9 @@ class Engine:
             yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
-        """Takes weights and moments from a checkpoint, whatever world size or stage wrote it.
+        """Takes what this rank holds of weights and moments from a checkpoint, whatever world size or stage wrote it.
 
-        Each rank reads what it holds. `updates` is the number of steps that the moments have seen; with 0 they
-        begin anew.
+        `updates` is the number of steps that the moments have seen; with 0 they begin anew.
         """
         for fragment in self.fragments():
             for kind, tensor in fragment.tensors.items():
@@ -155,7 +152,7 @@ class Engine:
                     tensor.copy_(reader.read(kind, fragment.name, fragment.start, tensor.numel()))
                 else:
                     tensor.zero_()
-        for flat in {id(flat): flat for _, _, flat, _ in self._places()}.values():
+        for _, _, flat, _ in self._places():
             self._state(flat)["step"].fill_(float(updates))
         zero = self.engine.optimizer
         if self.zero_stage < 3:
@@ -191,15 +188,11 @@ class Engine:
 
 
 def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW of PyTorch in its fused form, which needs no extension compiled at run time.
-
-    Matrices are decayed; norms and the input embedding are not.
-    """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    """AdamW of PyTorch, fused: nothing is compiled at run time. Matrices are decayed, but not the input embedding."""
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (cfg.weight_decay, 0.0)]
     for parameter in decoder.parameters():
-        (decayed if parameter.ndim >= 2 and parameter is not decoder.embedding.weight else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        is_decayed = parameter.ndim >= 2 and parameter is not decoder.embedding.weight
+        groups[0 if is_decayed else 1]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 

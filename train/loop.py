@@ -19,13 +19,12 @@ from data.loader import Samples, batches
 from data.order import OrderHash, by_language, by_source, unskipped
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger.record import Ledger
-from train import checkpoint
+from train.checkpoint import Saver, newest_usable, restore
 from train.dist import Rank
 from train.engine import Engine
 from train.faults import JobClock, StopSignals, Watchdog, is_spike, refuse_bad_numbers
 from train.metrics import Metrics, memory_gib
 from train.progress import Progress
-from train.saving import Saver
 from train.schedule import StepShape, learning_rate
 
 
@@ -238,14 +237,14 @@ def _rewind(job: Job) -> None:
             f"faults.max_rewinds = {faults.max_rewinds}",
             "the ledger names the documents of each; lower optim.lr under a new name=…, or raise the limit",
         )
-    target, complaints = checkpoint.newest_usable(job.run_dir, job.rank)
+    target, complaints = newest_usable(job.run_dir, job.rank)
     if target is None:
         raise UserError(
             f"loss {loss:.3f} at step {old.step} and no checkpoint to go back to: {complaints}",
             "a spike is answered by going back",
             "faults.spike_window_steps=0 switches this off",
         )
-    restored = checkpoint.restore(target, job.engine, job.rank, job.cfg.seed)
+    restored = restore(target, job.engine, job.rank, job.cfg.seed)
     first_step = max(old.step - faults.spike_skip_steps, restored.step)
     first, last = unskipped([first_step * seqs, old.step * seqs - 1], old.skipped).tolist()
     job.progress = replace(

@@ -1,7 +1,6 @@
 """What a run says while it trains: metrics.jsonl always, the terminal, and Weights & Biases when asked.
 
-The only file that imports wandb. A run that was killed and resumed from an earlier step repeats some steps
-in metrics.jsonl; readers let the later line win.
+A run that was killed and resumed from an earlier step repeats some steps in metrics.jsonl; the later line counts.
 """
 
 import json
@@ -61,8 +60,8 @@ def memory_gib(device: torch.device) -> float:
 def peak_flops(cfg: RunConfig, rank: Rank) -> float:
     """Peak of one device in operations a second, as the config states it, or on a CPU as measured.
 
-    Measured: the best of some products of two 1024 x 1024 fp32 matrices, all ranks at once, averaged over
-    ranks. It is what this machine can do for the plainest kernel, so MFU on a CPU is a share of that.
+    Measured: the best of some products of two 1024 x 1024 fp32 matrices, all ranks at once, averaged over ranks. It is
+    what this machine can do for the plainest kernel, so MFU on a CPU is a share of that.
     """
     if cfg.cluster.peak_tflops > 0:
         return cfg.cluster.peak_tflops * 1e12

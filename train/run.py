@@ -22,6 +22,7 @@ from model.flops import count_parameters, flops_per_token
 from model.init import init_weights, left_empty
 from model.weights import list_checkpoints, read_manifest
 from train import checkpoint
+from train.checkpoint import Saver
 from train.dist import Rank, join, leave
 from train.engine import Engine
 from train.faults import JobClock, RunLock, StopSignals, Watchdog
@@ -29,7 +30,6 @@ from train.loop import Job, begin, train
 from train.metrics import MFU_FORMULA, Metrics, peak_flops
 from train.progress import Progress
 from train.retention import require_space
-from train.saving import Saver
 from train.schedule import step_shape
 from train.selftest import self_test
 

@@ -134,10 +134,7 @@ def _reference(
 
 
 def _relative_errors(engine: Engine, rank: Rank, reference: list[Tensor] | None, scale: float) -> dict[str, float]:
-    """By parameter: the norm of the difference over the norm of the reference.
-
-    A gradient far smaller than the others is measured against a thousandth of theirs.
-    """
+    """By parameter: the norm of the difference over that of the reference, or over a thousandth of all the others'."""
     fragments, off_squares, squares = list(engine.fragments()), [], []
     for index, (name, shape) in enumerate(engine.shapes.items()):
         expected = rank.broadcast(torch.empty(math.prod(shape)) if reference is None else reference[index].flatten())

@@ -97,8 +97,8 @@ def build(cfg, rank, resume_from=None):
 
 
 def save(folder, engine, rank, step):
+    from train.checkpoint import Saver
     from train.progress import Progress
-    from train.saving import Saver
 
     saver = Saver(folder, engine, rank, IDENTITY, (0, 0))
     saver.begin(Progress(step=step, updates=step))
