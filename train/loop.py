@@ -7,56 +7,28 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import RunConfig
-from data.heldout import ValidDocument
-from data.loader import Samples, batches
+from data.loader import batches
 from data.order import OrderHash, by_language, by_source, unskipped
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
-from ledger.record import Ledger
-from train.checkpoint import Saver, newest_usable, restore
-from train.dist import Rank
-from train.engine import Engine
-from train.faults import JobClock, StopSignals, Watchdog, is_spike, refuse_bad_numbers
-from train.metrics import Metrics, memory_gib
+from train.checkpoint import newest_usable, restore
+from train.faults import is_spike, refuse_bad_numbers
+from train.job import Job
+from train.metrics import memory_gib
 from train.progress import Progress
-from train.schedule import StepShape, learning_rate
-
-
-@dataclass
-class Job:
-    """What the loop works with; built by train/run.py."""
-
-    cfg: RunConfig
-    run_dir: Path
-    rank: Rank
-    shape: StepShape
-    engine: Engine
-    samples: Samples
-    held_out: list[ValidDocument]
-    progress: Progress
-    flops_per_token: float
-    peak_flops: float
-    """Of one device, in operations a second."""
-    metrics: Metrics
-    saver: Saver
-    signals: StopSignals
-    clock: JobClock
-    watchdog: Watchdog
+from train.schedule import learning_rate
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line of metrics."""
+    """Sums over the steps since the last line of metrics; of the seconds, without validating and saving."""
 
     steps: int = 0
     seconds: float = 0.0
-    """With the wait for samples, without validating and saving."""
     nats: float = 0.0
     labels: float = 0.0
 
@@ -159,7 +131,7 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
     progress.skipped_steps.append(progress.step)
     if job.rank.is_first:
         job.metrics.terminal.say(f"step {progress.step} left out: its gradient has norm {grad_norm}")
-        Ledger(job.run_dir).append("step_left_out", step=progress.step, grad_norm=str(grad_norm))
+        job.ledger.append("step_left_out", step=progress.step, grad_norm=str(grad_norm))
     refuse_bad_numbers(progress.skipped_steps, progress.step, job.cfg.faults.max_skipped_in_a_row)
 
 
@@ -256,7 +228,7 @@ def _rewind(job: Job) -> None:
         device_s=old.device_s,
     )
     if job.rank.is_first:
-        Ledger(job.run_dir).append(
+        job.ledger.append(
             "rewind",
             step=old.step,
             loss=loss,
