@@ -51,7 +51,7 @@ def saves(overrides: list[str], folder: Path, repeats: int) -> None:
     rank = join(cfg)
     decoder = Decoder(cfg.model, VOCAB_ROWS)
     init_weights(decoder, 1)
-    engine = Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
+    engine = Engine(decoder, cfg, rank)
     tokens = torch.randint(VOCAB_ROWS, (1, 33))
     for _ in range(step_shape(cfg).accumulation_steps):
         engine.backward(tokens, torch.zeros_like(tokens))

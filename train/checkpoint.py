@@ -1,13 +1,11 @@
-"""Checkpoints: complete under their name, or not there.
+"""Checkpoints: complete under their name, or not there. Their format is told in model/weights.py, which reads it.
 
 Every rank writes its own fragments, hashed while they are written and forced to disk; the manifest comes last, and
-then the folder is renamed. Whatever moment a job is killed at, the newest folder named `step-…` is whole. The
-format is told in model/weights.py, which reads it.
+then the folder is renamed. Whatever moment a job is killed at, the newest folder named `step-…` is whole.
 
-They are written in the background, one at a time, while the loop goes on: it stands still for the copy to host memory.
-Each rank then writes its file in a thread; with every step the ranks tell each other how many are still writing and
-how many have failed, and once nobody writes any more the first rank's thread commits. All ranks see the same numbers,
-so they agree on it without a collective of its own.
+The loop stands still for the copy to host memory. Each rank then writes its file in a thread; with every step the ranks
+tell each other how many are still writing and how many have failed, and once nobody writes any more the first rank's
+thread commits. All ranks see the same numbers, so they agree on it without a collective of its own.
 """
 
 import hashlib
@@ -97,11 +95,7 @@ def write_part(folder: Path, rank: int, snapshot: Snapshot) -> None:
 
 
 def commit(run_dir: Path, progress: dict[str, Any], facts: dict[str, Any], world_size: int) -> Path:
-    """Makes a checkpoint of what all ranks have written; returns its folder.
-
-    `progress` is of the moment of the snapshot, as `Progress.to_json` gives it; `facts` are what the checkpoint belongs
-    to (corpus hash, sequence length, rows of the vocabulary, …).
-    """
+    """Makes a checkpoint of what all ranks have written, with the progress of that moment and further facts."""
     folder = writing_folder(run_dir, progress["step"])
     entries = {rank_file(rank): (folder / rank_file(rank)).with_suffix(".json") for rank in range(world_size)}
     files = {name: json.loads(_once_seen(entry).read_text(encoding="utf-8")) for name, entry in entries.items()}
@@ -168,11 +162,7 @@ class Saver:
         self._collect_commit(wait=False)
 
     def finish(self) -> None:
-        """Returns when no checkpoint is under way; collective.
-
-        Raises:
-            UserError: the one under way could not be written, on any rank.
-        """
+        """Returns when no checkpoint is under way; raises `UserError` where it could not be written; collective."""
         failure = self.wait()
 
         def refuse() -> None:
@@ -222,11 +212,11 @@ class Saver:
         """Tells of a checkpoint that has got its name, or has not; only the first rank ever has one."""
         if self._commit is None or not (wait or self._commit.done()):
             return None
-        commit, self._commit = self._commit, None
-        if failure := commit.exception():
+        done, self._commit = self._commit, None
+        if failure := done.exception():
             self._tell_failure(str(failure))
             return failure
-        path, progress = commit.result(), self._progress
+        path, progress = done.result(), self._progress
         written_s = time.monotonic() - self._began_s
         self.slowest_s = max(self.slowest_s, written_s)
         Ledger(self.run_dir).append(
@@ -248,11 +238,10 @@ def _write_with_patience(folder: Path, rank: int, snapshot: Snapshot) -> None:
     for pause_s in PAUSES_S:
         try:
             write_part(folder, rank, snapshot)
+            return
         except OSError as error:
             print(f"[rank {rank}] {error}: trying again in {pause_s:g} s", file=sys.stderr, flush=True)
             time.sleep(pause_s)
-        else:
-            return
     write_part(folder, rank, snapshot)
 
 
@@ -264,10 +253,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are what its manifest says, and why newer ones are not used; collective.
-
-    Each rank hashes a share of the files.
-    """
+    """The newest checkpoint that is what its manifest says, and why newer ones are not; each rank reads a share."""
     complaints: list[str] = []
     for name in reversed(rank.tell([path.name for path in weights.list_checkpoints(run_dir)])):
         checkpoint, complaint = run_dir / "checkpoints" / name, ""
@@ -283,10 +269,7 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
 
 
 def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora: Collection[str] = ()) -> None:
-    """Raises `UserError` where the checkpoint was trained on another corpus, sequence length or seed.
-
-    `earlier_corpora` are hashes that this corpus had before documents were taken out of it.
-    """
+    """Raises `UserError` where a run is another than the checkpoint's; its corpus may have lost documents since."""
     manifest = read_manifest(checkpoint)
     if manifest.get("format") != FORMAT:
         raise UserError(

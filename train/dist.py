@@ -3,7 +3,6 @@
 import datetime
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -43,10 +42,6 @@ class Rank:
         torch_dist.all_reduce(on_device)
         return on_device.tolist()
 
-    def gather_floats(self, value: float) -> list[float]:
-        """What every rank gives, in order of ranks."""
-        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
-
     def gather(self, fact: Any) -> list[Any]:
         """What every rank gives, in order of ranks, on every rank; for small things and rare moments."""
         facts: list[Any] = [None] * self.world_size
@@ -79,35 +74,6 @@ class Rank:
     def first_does(self, action: Callable[[], object]) -> None:
         """The first rank does something that may raise `UserError`; all go on or none."""
         self.together(action if self.is_first else lambda: None)
-
-
-class Stopwatch:
-    """Times what is done inside; on a device in the device's own time, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_device = device.type == "cuda"
-        self.spans: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        self.began = self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        self.spans.append((self.began, self._mark()))
-
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        spans, self.spans = self.spans, []
-        if self.on_device and spans:
-            spans[-1][1].synchronize()
-            return float(sum(began.elapsed_time(ended) for began, ended in spans)) / 1000
-        return float(sum(ended - began for began, ended in spans))
-
-    def _mark(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
 
 def join(cfg: RunConfig) -> Rank:

@@ -9,6 +9,7 @@ BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 by its table of 
 import io
 import logging
 import os
+import time
 import unittest.mock
 import warnings
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 
 from configs.enums import Precision
 from configs.errors import UserError
-from configs.schema import EngineConfig, OptimConfig
+from configs.schema import EngineConfig, OptimConfig, RunConfig
 from model.decoder import Decoder
 from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, FragmentReader
-from train.dist import Rank, Stopwatch
-from train.schedule import StepShape
+from train.dist import Rank
+from train.schedule import step_shape
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -81,34 +82,31 @@ class NextTokenLoss(nn.Module):
 class Engine:
     """Trains a decoder over all ranks, from its weights, which every rank gives alike, or from a checkpoint."""
 
-    def __init__(
-        self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, shape: StepShape, rank: Rank
-    ) -> None:
-        self.decoder = decoder.to(rank.device)
+    def __init__(self, decoder: Decoder, cfg: RunConfig, rank: Rank) -> None:
+        self.rank, self.zero_stage, self.decoder = rank, cfg.engine.zero_stage, decoder.to(rank.device)
         # Taken now: under ZeRO-3 a parameter has no shape while it is sharded.
         self.shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         self.version: str = deepspeed.__version__
-        refuse_known_bad(self.version, torch.__version__, engine)
-        if engine.compile:
+        refuse_known_bad(self.version, torch.__version__, cfg.engine)
+        if cfg.engine.compile:
             for block in decoder.blocks:
                 # A graph for each shape: kernels for any shape would be others, depending on which came first.
                 block.compile(dynamic=False)
         with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
                 model=NextTokenLoss(self.decoder),
-                optimizer=adamw(self.decoder, optim),
-                config=deepspeed_config(engine, optim, shape),
+                optimizer=adamw(self.decoder, cfg.optim),
+                config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
-        self.rank, self.zero_stage = rank, engine.zero_stage
-        self.forward_time = Stopwatch(rank.device)
-        """Of this rank's own forward passes: what tells a slow device from one that waits for it."""
+        self._forward_passes: list[tuple[Any, Any]] = []
+        """When each began and ended."""
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
         """Adds a micro batch to the step's gradient; returns summed nats and number of labels, [2]."""
-        device = self.rank.device
-        with self.forward_time:
-            loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
+        device, began = self.rank.device, self._now()
+        loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
+        self._forward_passes.append((began, self._now()))
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -124,6 +122,22 @@ class Engine:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+
+    def read_forward_s(self) -> float:
+        """Seconds of this rank's own forward passes since the last reading: tells a slow device from one that waits."""
+        passes, self._forward_passes = self._forward_passes, []
+        if self.rank.device.type == "cpu":
+            return float(sum(ended - began for began, ended in passes))
+        passes[-1][1].synchronize()
+        return float(sum(began.elapsed_time(ended) for began, ended in passes)) / 1000
+
+    def _now(self) -> Any:
+        """On a device in its own time, without waiting for it."""
+        if self.rank.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -196,17 +210,18 @@ def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape) -> dict[str, Any]:
+def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
     """Our settings in DeepSpeed's words; what is not settable here is fixed for a reason.
 
     `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for both,
     which in bf16 loses small gradients; with the pair, the stages differ in the order of sums alone.
     """
+    shape, engine = step_shape(cfg), cfg.engine
     return {
         "train_batch_size": shape.seqs_per_step,
         "train_micro_batch_size_per_gpu": shape.micro_batch_seqs,
         "gradient_accumulation_steps": shape.accumulation_steps,
-        "gradient_clipping": optim.grad_clip,
+        "gradient_clipping": cfg.optim.grad_clip,
         # In fp32 and with ZeRO-3 a gradient that is not finite is always left out; in bf16 it has to be asked for.
         "bf16": {"enabled": engine.precision is Precision.bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -62,9 +62,8 @@ class JobClock:
 class Watchdog:
     """Ends a rank that hangs, after it has written where; `alive` has to be called more often than every `timeout_s`.
 
-    A hang is a step that takes longer than `engine.timeout_s`; whether logs still grow is not asked. All ranks wait for
-    the one that hangs, so all of them write their stacks at about the same time, and then end with a status that
-    makes the job start again.
+    A hang is a step that takes longer; whether logs still grow is not asked. All ranks wait for the one that hangs, so
+    all write their stacks at about the same time, and then end with a status that makes the job start again.
     """
 
     def __init__(self, logs: Path, rank: int, timeout_s: float) -> None:
@@ -104,8 +103,7 @@ class Watchdog:
 class RunLock:
     """Keeps a second job from training the same run at the same time, where the file system has locks.
 
-    Raises:
-        UserError: the run is held by another process, and stays so for a minute, or is to be had at once.
+    Raises `UserError` where another process holds the run, and still does after `LOCK_WAIT_S`, or, if asked, at once.
     """
 
     def __init__(self, run_dir: Path, at_once: bool = False) -> None:

@@ -66,7 +66,7 @@ class Job:
             decoder = Decoder(cfg.model, self.vocab_rows)
         if self.resume_from is None:
             init_weights(decoder, cfg.seed)
-        self.engine = Engine(decoder, cfg.engine, cfg.optim, self.shape, rank)
+        self.engine = Engine(decoder, cfg, rank)
         self.metrics = Metrics(run_dir, cfg, rank, found.step)
         self.samples = Samples(corpus_dir, self.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
         self.held_out = ValidDocuments(corpus_dir).read_all()

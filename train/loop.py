@@ -1,7 +1,4 @@
-"""The loop, top to bottom: forward and backward, step, what all ranks agree on, then visible ifs.
-
-Log, go back after a spike, validate, save, stop: each an if that a reader can see.
-"""
+"""The loop, top to bottom: forward, backward, step, what all ranks agree on, then an if for each of what may follow."""
 
 import math
 import time
@@ -138,17 +135,17 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
 def _log(job: Job, window: Window, grad_norm: float) -> None:
     progress, rank = job.progress, job.rank
     tokens_per_s = window.steps * job.cfg.train.tokens_per_step / window.seconds
-    forward_s = rank.gather_floats(job.engine.forward_time.read())
+    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device)))
+    forward_s, used_gib = zip(*of_ranks, strict=True)
     job.metrics.write(
         "train",
-        progress.step,
-        progress.tokens,
+        progress,
         loss=window.nats / window.labels if window.labels else math.nan,
         lr=progress.lr,
         grad_norm=grad_norm,
         tokens_per_s=tokens_per_s,
         mfu=job.flops_per_token * tokens_per_s / (rank.world_size * job.peak_flops),
-        memory_gib=max(rank.gather_floats(memory_gib(rank.device))),
+        memory_gib=max(used_gib),
         step_s=window.seconds / window.steps,
         skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
         slowest=rank.hosts[forward_s.index(max(forward_s))],
@@ -183,8 +180,7 @@ def _validate(job: Job) -> None:
     by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=1)
     job.metrics.write(
         "valid",
-        job.progress.step,
-        job.progress.tokens,
+        job.progress,
         bpb={lang: entry.bpb for lang, entry in by_lang.items()},
         bpb_mean=mean_bpb(by_lang),
         **job.progress.consumption,
@@ -194,12 +190,9 @@ def _validate(job: Job) -> None:
 
 
 def _rewind(job: Job) -> None:
-    """After a spike: back to the last checkpoint, and on without the samples of the spike's steps.
+    """Back to the last checkpoint, and on without the samples of the spike's steps, whose documents the ledger names.
 
-    The spike's loss is the last of `job.progress.losses`. The ledger names the documents.
-
-    Raises:
-        UserError: the run has gone back too often, or there is no checkpoint.
+    Raises `UserError` where the run has gone back too often, or there is no checkpoint.
     """
     old, faults, seqs = job.progress, job.cfg.faults, job.shape.seqs_per_step
     *before, loss = old.losses

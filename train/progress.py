@@ -48,8 +48,7 @@ class Progress:
     @property
     def consumption(self) -> dict[str, dict[str, int]]:
         """What was consumed, as metrics and ledger have it."""
-        names = "consumed", "consumed_by_source", "consumed_by_part"
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name.startswith("consumed")}
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""

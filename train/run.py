@@ -1,5 +1,6 @@
 """A rank, in reading order: join, corpus, checkpoint, order and engine (train/job.py), resume or begin, loop."""
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,11 +31,21 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
     watchdog = Watchdog(run_dir / "logs", rank.rank, cfg.engine.timeout_s)
     try:
         job = Job(cfg, run_dir, corpus_dir, rank, signals, watchdog)
-        _resume_or_begin(job)
-        try:
+        if job.resume_from is not None:
+            restore(job.resume_from, job.engine, rank, cfg.seed)
+        if rank.is_first:
+            _announce(job)
+        if job.phases != job.progress.phases:
+            job.progress.phases, job.progress.losses = job.phases, []  # of other text, the loss is another
+        if job.resume_from is None:
+            seed_random(cfg.seed, rank)
+            begin(job)
+        if cfg.train.self_test:
+            whole = job.resume_from or list_checkpoints(run_dir)[0]
+            self_test(cfg, run_dir, job.engine, rank, job.vocab_rows, whole)
+        watchdog.alive()
+        with closing(job.metrics):
             finished = train(job)
-        finally:
-            job.metrics.close()
         if rank.is_first:
             _record_end(job, finished)
         rank.barrier()
@@ -42,23 +53,6 @@ def run(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> int:
         watchdog.close()
         leave()
     return 0 if finished else EXIT_UNFINISHED
-
-
-def _resume_or_begin(job: Job) -> None:
-    cfg, rank, progress = job.cfg, job.rank, job.progress
-    if job.resume_from is not None:
-        restore(job.resume_from, job.engine, rank, cfg.seed)
-    if rank.is_first:
-        _announce(job)
-    if job.phases != progress.phases:
-        progress.phases, progress.losses = job.phases, []  # with other text the loss is another, which is no spike
-    if job.resume_from is None:
-        seed_random(cfg.seed, rank)
-        begin(job)
-    if cfg.train.self_test:
-        whole = job.resume_from or list_checkpoints(job.run_dir)[0]
-        self_test(cfg, job.run_dir, job.engine, rank, job.vocab_rows, whole)
-    job.watchdog.alive()
 
 
 def _announce(job: Job) -> None:

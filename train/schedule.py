@@ -1,22 +1,18 @@
 """What a step is: how its sequences are shared out over the devices, and its learning rate."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from configs.enums import ScheduleName
 from configs.schema import OptimConfig, RunConfig, ScheduleConfig
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """Portions of one optimizer step."""
+class StepShape(NamedTuple):
+    """Of one optimizer step: sequences over all devices, and in a forward pass of one device; how many such passes."""
 
     seqs_per_step: int
-    """Sequences over all devices."""
     micro_batch_seqs: int
-    """Sequences of one forward pass on one device."""
     accumulation_steps: int
-    """Forward passes of one device in a step."""
 
     def __str__(self) -> str:
         n_devices = self.seqs_per_step // (self.micro_batch_seqs * self.accumulation_steps)
@@ -37,9 +33,9 @@ def step_shape(cfg: RunConfig) -> StepShape:
 def learning_rate(step: int, steps: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
     """Rate of step `step` (0 is the first) of `steps`.
 
-    Warm-up rises linearly to the peak, which the first step after it has. wsd (Hu et al. 2024, MiniCPM)
-    stays there and falls linearly over the last `decay_share` of all steps; cosine falls all the way. The
-    floor, `final_lr_share` of the peak, would be met one step after the last.
+    Warm-up rises linearly to the peak, which the first step after it has. wsd (Hu et al. 2024, MiniCPM) stays there and
+    falls linearly over the last `decay_share` of all steps; cosine falls all the way. The floor, `final_lr_share` of
+    the peak, would be met one step after the last.
     """
     if step < schedule.warmup_steps:
         return optim.lr * (step + 1) / (schedule.warmup_steps + 1)

@@ -37,8 +37,7 @@ TEST_TOKENS = 256
 def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_rows: int, whole: Path) -> None:
     """Compares gradients unless this layout has passed before; leaves engine and run as in `whole`.
 
-    Raises:
-        UserError: a gradient is off by more than `TOLERANCE`; names the worst parameters.
+    Raises `UserError`, with the worst parameters, where a gradient is off by more than `TOLERANCE`.
     """
     ledger, layout = Ledger(run_dir), _layout(cfg, engine)
     if rank.tell(rank.is_first and ledger.last("self_test", layout=layout, passed=True) is not None):

@@ -90,9 +90,8 @@ def build(cfg, rank, resume_from=None):
     """What train/run.py does to have an engine, and the step it stands at."""
     from train import checkpoint
     from train.engine import Engine
-    from train.schedule import step_shape
 
-    engine = Engine(fresh_decoder(cfg), cfg.engine, cfg.optim, step_shape(cfg), rank)
+    engine = Engine(fresh_decoder(cfg), cfg, rank)
     return engine, checkpoint.restore(resume_from, engine, rank, 1).step if resume_from else 0
 
 
@@ -224,11 +223,10 @@ def test_a_gradient_that_is_not_finite_is_left_out_by_all_ranks_alike():
 
 def test_engines_settings_reach_deepspeed():
     from train.engine import deepspeed_config
-    from train.schedule import step_shape
 
     cfg = config(2)
     engine = dataclasses.replace(cfg.engine, precision=Precision.bf16, zero_stage=2)
-    found = deepspeed_config(engine, cfg.optim, step_shape(cfg))
+    found = deepspeed_config(dataclasses.replace(cfg, engine=engine))
     assert (
         found["train_batch_size"]
         == SEQS
