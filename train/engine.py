@@ -151,8 +151,7 @@ class Engine:
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
-        for name, start, flat, where in self._places():
-            state = {MASTER: flat.data, **self._state(flat)}
+        for name, start, state, where in self._places():
             yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
@@ -160,14 +159,11 @@ class Engine:
 
         `updates` is the number of steps that the moments have seen; with 0 they begin anew.
         """
-        for fragment in self.fragments():
-            for kind, tensor in fragment.tensors.items():
-                if kind == MASTER or updates:
-                    tensor.copy_(reader.read(kind, fragment.name, fragment.start, tensor.numel()))
-                else:
-                    tensor.zero_()
-        for _, _, flat, _ in self._places():
-            self._state(flat)["step"].fill_(float(updates))
+        for name, start, state, where in self._places():
+            state["step"].fill_(float(updates))
+            state[MASTER][where] = reader.read(MASTER, name, start, where.stop - where.start)
+            for kind in MOMENTS:
+                state[kind][where] = reader.read(kind, name, start, where.stop - where.start) if updates else 0.0
         zero = self.engine.optimizer
         if self.zero_stage < 3:
             zero.update_lp_params()
@@ -177,8 +173,8 @@ class Engine:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()
 
-    def _places(self) -> Iterator[tuple[str, int, Tensor, slice]]:
-        """Name, first index, flat partition and place in it, of each parameter that this rank has a part of."""
+    def _places(self) -> Iterator[tuple[str, int, dict[str, Tensor], slice]]:
+        """Name, first index, state of the flat partition and place in it, of each parameter this rank has a part of."""
         zero = self.engine.optimizer
         for name, parameter in zip(self.shapes, self.decoder.parameters(), strict=True):
             if self.zero_stage == 3:
@@ -186,19 +182,21 @@ class Engine:
                 start = share * self.rank.rank
                 numel = min(share, self.shapes[name].numel() - start)  # the last parts are padded, or padding alone
                 if numel > 0:
-                    yield name, start, zero.fp32_partitioned_groups_flat[group], slice(offset, offset + numel)
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield name, start, self._state(flat), slice(offset, offset + numel)
             elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
                 inside = link.hp_fragment_address
-                yield name, link.lp_fragment_address.start, flat, slice(inside.start, inside.start + inside.numel)
+                where = slice(inside.start, inside.start + inside.numel)
+                yield name, link.lp_fragment_address.start, self._state(flat), where
 
-    def _state(self, flat: Tensor) -> dict[str, Any]:
-        """State of a flat partition; AdamW makes its own only in the first step."""
-        state: dict[str, Any] = self.engine.optimizer.optimizer.state[flat]
+    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+        """Weights and moments of a flat partition; AdamW makes its own moments only in the first step."""
+        state: dict[str, Tensor] = self.engine.optimizer.optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
-        return state
+        return {MASTER: flat.data, **state}
 
 
 def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
@@ -242,11 +240,9 @@ def refuse_known_bad(deepspeed: str, pytorch: str, cfg: EngineConfig) -> None:
     """Raises `UserError` for versions that compute something else than they should with these settings."""
     version, stage = Version(deepspeed), cfg.zero_stage
     if Version("0.18.6") <= version < Version("0.19.0") and stage == 1 and cfg.precision is Precision.bf16:
-        rule = (
-            "DeepSpeed 0.18.6 to 0.18.10 lose most of the last micro batch with ZeRO-1 in bf16 (its pull request 7985)"
-        )
+        rule = "DeepSpeed 0.18.6 to 0.18.10 lose most of the last micro batch with ZeRO-1 in bf16 (pull request 7985)"
     elif version < Version("0.18.9") and stage == 3 and Version(pytorch) >= Version("2.10"):
-        rule = "DeepSpeed before 0.18.9 races with torch 2.10 and later in ZeRO-3 (its pull request 7898)"
+        rule = "DeepSpeed before 0.18.9 races with torch 2.10 and later in ZeRO-3 (pull request 7898)"
     elif version < Version("0.19.5"):
         rule = "Marathon is tested with DeepSpeed 0.19.5 and later, and uses parts of it that older versions lack"
     else:
