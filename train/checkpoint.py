@@ -18,9 +18,8 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +42,7 @@ PAUSES_S = (1.0, 5.0)
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What one rank writes: copies on the host, which the training does not touch."""
 
     tensors: dict[str, Tensor]
@@ -170,8 +168,7 @@ class Saver:
                 raise UserError(
                     f"a checkpoint cannot be written: {failure}",
                     "a run ends only with its last state on disk; the checkpoints before it are whole",
-                    f"make room, or mend the file system, at {self.run_dir / 'checkpoints'}, "
-                    "then start the same line again",
+                    f"make room, or mend the file system, at {self.run_dir / 'checkpoints'}, then start again",
                 )
 
         self.rank.together(refuse)

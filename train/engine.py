@@ -14,8 +14,7 @@ import unittest.mock
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from packaging.version import Version
@@ -46,8 +45,7 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecat
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class OwnedFragment:
+class OwnedFragment(NamedTuple):
     """A range of a parameter whose fp32 weights and moments this rank holds; views, not copies."""
 
     name: str
