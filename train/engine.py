@@ -46,12 +46,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OwnedFragment(NamedTuple):
-    """A range of a parameter whose fp32 weights and moments this rank holds; views, not copies."""
+    """A range of a parameter, with views of what this rank holds of it, 1-D fp32: master, exp_avg, exp_avg_sq."""
 
     name: str
     start: int
     tensors: dict[str, Tensor]
-    """By kind: master, exp_avg, exp_avg_sq; each 1-D fp32 of the same length."""
 
 
 class NextTokenLoss(nn.Module):
@@ -97,8 +96,7 @@ class Engine:
                 config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
-        self._forward_passes: list[tuple[Any, Any]] = []
-        """When each began and ended."""
+        self._forward_passes: list[tuple[Any, Any]] = []  # when each began and ended
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
         """Adds a micro batch to the step's gradient; returns summed nats and number of labels, [2]."""

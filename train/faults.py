@@ -67,8 +67,7 @@ class Watchdog:
     """
 
     def __init__(self, logs: Path, rank: int, timeout_s: float) -> None:
-        self.path = logs / f"stacks-rank-{rank:05d}.txt"
-        self.timeout_s = timeout_s
+        self.path, self.timeout_s = logs / f"stacks-rank-{rank:05d}.txt", timeout_s
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
         self._ended = threading.Event()
         self.alive()

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -212,9 +211,13 @@ def _rewind(job: Job) -> None:
     restored = restore(target, job.engine, job.rank, job.cfg.seed)
     first_step = max(old.step - faults.spike_skip_steps, restored.step)
     first, last = unskipped([first_step * seqs, old.step * seqs - 1], old.skipped).tolist()
+    # Ranges stay sorted and disjoint: the new one takes in those that it touches.
+    touched = [(start, end) for start, end in old.skipped if start <= last + 1 and first <= end]
+    starts, ends = zip(*touched, (first, last + 1), strict=True)
+    untouched = [skipped for skipped in old.skipped if skipped not in touched]
     job.progress = replace(
         restored,
-        skipped=_with_range(old.skipped, (first, last + 1)),
+        skipped=sorted([*untouched, (min(starts), max(ends))]),
         rewinds=old.rewinds + 1,
         phases=old.phases,  # what stands at a position; the checkpoint may be older than the newest of them
         flops=old.flops,  # spent all the same, as the time of devices
@@ -238,14 +241,3 @@ def _rewind(job: Job) -> None:
             flush=True,
         )
     job.metrics.terminal.advance(restored.step - old.step)
-
-
-def _with_range(ranges: Sequence[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sorted and disjoint, the new one joined with those it touches."""
-    joined: list[tuple[int, int]] = []
-    for first, end in sorted([*ranges, new]):
-        if joined and first <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((first, end))
-    return joined

@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import time
+import timeit
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,8 @@ def peak_flops(cfg: RunConfig, rank: Rank) -> float:
     if cfg.cluster.peak_tflops > 0:
         return cfg.cluster.peak_tflops * 1e12
     a, b = torch.randn(2, 1024, 1024)
-    best_s = math.inf
     rank.barrier()
-    for _ in range(8):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        best_s = min(best_s, time.perf_counter() - begin)
+    best_s = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=8))
     return rank.sum([2 * 1024**3 / best_s])[0] / rank.world_size
 
 
