@@ -4,7 +4,7 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +24,8 @@ class Rank:
     rank: int
     world_size: int
     device: torch.device
-    hosts: tuple[str, ...] = ()
-    """Node of every rank."""
+    host: str = ""
+    """Its node."""
 
     @property
     def is_first(self) -> bool:
@@ -107,9 +107,7 @@ def join(cfg: RunConfig) -> Rank:
         timeout=datetime.timedelta(seconds=cfg.engine.timeout_s + 120),
         device_id=None if on_cpu else device,
     )
-    alone = Rank(rank, world_size, device)
-    host = os.environ.get("SLURMD_NODENAME") or platform.node()
-    return replace(alone, hosts=tuple(alone.gather(host)))
+    return Rank(rank, world_size, device, os.environ.get("SLURMD_NODENAME") or platform.node())
 
 
 leave = torch_dist.destroy_process_group

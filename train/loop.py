@@ -134,8 +134,8 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
 def _log(job: Job, window: Window, grad_norm: float) -> None:
     progress, rank = job.progress, job.rank
     tokens_per_s = window.steps * job.cfg.train.tokens_per_step / window.seconds
-    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device)))
-    forward_s, used_gib = zip(*of_ranks, strict=True)
+    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device), rank.host))
+    forward_s, used_gib, hosts = zip(*of_ranks, strict=True)
     job.metrics.write(
         "train",
         progress,
@@ -147,7 +147,7 @@ def _log(job: Job, window: Window, grad_norm: float) -> None:
         memory_gib=max(used_gib),
         step_s=window.seconds / window.steps,
         skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
-        slowest=rank.hosts[forward_s.index(max(forward_s))],
+        slowest=hosts[forward_s.index(max(forward_s))],
     )
 
 
