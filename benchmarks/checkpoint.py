@@ -25,12 +25,11 @@ from configs.compose import compose
 from model.decoder import Decoder
 from model.flops import count_parameters
 from model.init import init_weights
-from train.batch import step_shape
-from train.checkpoint import Staging
+from train.checkpoint import Saver, Staging
 from train.dist import join, leave
 from train.engine import Engine
 from train.progress import Progress
-from train.saving import Saver
+from train.schedule import step_shape
 
 VOCAB_ROWS = 16_384
 
@@ -52,7 +51,7 @@ def saves(overrides: list[str], folder: Path, repeats: int) -> None:
     rank = join(cfg)
     decoder = Decoder(cfg.model, VOCAB_ROWS)
     init_weights(decoder, 1)
-    engine = Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)
+    engine = Engine(decoder, cfg, rank)
     tokens = torch.randint(VOCAB_ROWS, (1, 33))
     for _ in range(step_shape(cfg).accumulation_steps):
         engine.backward(tokens, torch.zeros_like(tokens))

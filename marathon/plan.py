@@ -10,8 +10,8 @@ from data.mixture import plan_phases, table
 from ledger.pages import render
 from model.decoder import padded_rows
 from model.flops import count_parameters, flops_per_token
-from train.batch import step_shape
 from train.retention import checkpoint_bytes, checkpoints_on_disk
+from train.schedule import step_shape
 
 ASSUMED_MFU = 0.35
 """For the estimate of time only; published runs on these machines reach 0.25 to 0.6."""

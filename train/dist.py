@@ -1,14 +1,10 @@
-"""Who this process is among the ranks, and what ranks say to each other.
-
-Facts come from torchrun's variables, or from Slurm's where srun started the process itself.
-"""
+"""Who this process is among the ranks, by torchrun's variables or Slurm's, and what ranks say to each other."""
 
 import datetime
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +23,9 @@ class Rank:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
-    hosts: tuple[str, ...] = ()
-    """Node of every rank."""
+    host: str = ""
+    """Its node."""
 
     @property
     def is_first(self) -> bool:
@@ -41,29 +36,17 @@ class Rank:
         """Waits until every rank has come here."""
         torch_dist.barrier()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums each value over all ranks, in float64."""
-        return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
-
-    def gather_floats(self, value: float) -> list[float]:
-        """What every rank gives, in order of ranks."""
-        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
-
-    def sum_integers(self, values: Sequence[int]) -> list[int]:
-        """Sums each value over all ranks, modulo 2**64, in int64."""
-        return self._sum(torch.tensor(values, dtype=torch.int64)).tolist()
+    def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[float]:
+        """Sums each value over all ranks, in float64; in int64, which is exact modulo 2**64, where that is asked."""
+        on_device = torch.tensor(values, dtype=dtype).to(self.device)
+        torch_dist.all_reduce(on_device)
+        return on_device.tolist()
 
     def gather(self, fact: Any) -> list[Any]:
         """What every rank gives, in order of ranks, on every rank; for small things and rare moments."""
         facts: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(facts, fact)
         return facts
-
-    def max(self, value: float) -> float:
-        """The largest value of all ranks."""
-        on_device = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch_dist.all_reduce(on_device, torch_dist.ReduceOp.MAX)
-        return on_device.item()
 
     def tell(self, fact: Fact) -> Fact:
         """The first rank's fact, on every rank."""
@@ -77,74 +60,30 @@ class Rank:
         torch_dist.broadcast(on_device, 0)
         return on_device
 
-    def raise_together(self, error: UserError | None) -> None:
-        """Ends all ranks where one has an error; the first rank raises it, so that it is told once."""
-        found = [e for e in self.gather(error and (error.found, error.rule, error.repair)) if e]
-        if found:
-            raise UserError(*found[0]) if self.is_first else SystemExit(EXIT_MISTAKE)
+    def together(self, action: Callable[[], object]) -> None:
+        """All ranks do what may raise `UserError`: where it does on any, all end, and the first rank tells why."""
+        mistake = None
+        try:
+            action()
+        except UserError as error:
+            mistake = error
+        mistakes = [told for told in self.gather(mistake) if told]
+        if mistakes:
+            raise mistakes[0] if self.is_first else SystemExit(EXIT_MISTAKE)
 
     def first_does(self, action: Callable[[], object]) -> None:
         """The first rank does something that may raise `UserError`; all go on or none."""
-        error = None
-        if self.is_first:
-            try:
-                action()
-            except UserError as refusal:
-                error = refusal
-        self.raise_together(error)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        on_device = values.to(self.device)
-        torch_dist.all_reduce(on_device)
-        return on_device.cpu()
-
-
-class Stopwatch:
-    """Sums the time of what is done inside; on a device the device's own time, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_device = device.type == "cuda"
-        self.spans: list[tuple[Any, Any]] = []
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self.began = self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        now = self._mark()
-        if self.on_device:
-            self.spans.append((self.began, now))
-        else:
-            self.seconds += now - self.began
-
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        for began, ended in self.spans:
-            ended.synchronize()
-            self.seconds += began.elapsed_time(ended) / 1000
-        seconds, self.seconds = self.seconds, 0.0
-        self.spans.clear()
-        return seconds
-
-    def _mark(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        self.together(action if self.is_first else lambda: None)
 
 
 def join(cfg: RunConfig) -> Rank:
     """Makes this process a rank of the job: device, threads, process group.
 
-    Raises:
-        UserError: the number of processes is not what the config was frozen for.
+    Raises `UserError` where the number of processes is not what the config was frozen for.
     """
-    rank, world_size, local_rank = (
-        _fact("RANK", "SLURM_PROCID", 0),
-        _fact("WORLD_SIZE", "SLURM_NTASKS", 1),
-        _fact("LOCAL_RANK", "SLURM_LOCALID", 0),
-    )
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if world_size != cfg.cluster.world_size:
         raise UserError(
             f"{world_size} processes for cluster.nodes = {cfg.cluster.nodes} x "
@@ -168,16 +107,7 @@ def join(cfg: RunConfig) -> Rank:
         timeout=datetime.timedelta(seconds=cfg.engine.timeout_s + 120),
         device_id=None if on_cpu else device,
     )
-    alone = Rank(rank, world_size, local_rank, device)
-    host = os.environ.get("SLURMD_NODENAME") or platform.node()
-    return replace(alone, hosts=tuple(alone.gather(host)))
+    return Rank(rank, world_size, device, os.environ.get("SLURMD_NODENAME") or platform.node())
 
 
-def leave() -> None:
-    """Ends the process group, if there is one."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
-
-
-def _fact(name: str, slurm_name: str, default: int) -> int:
-    return int(os.environ.get(name) or os.environ.get(slurm_name) or default)
+leave = torch_dist.destroy_process_group

@@ -1,34 +1,33 @@
 """DeepSpeed, and nothing of it beyond this file.
 
-The engine takes micro batches, accumulates and reduces gradients in fp32, steps the sharded optimizer, and
-gives access to the shards as fragments: ranges of named parameters, which is what a checkpoint stores.
-Fragments of ZeRO 1 and 2 go through `_hp_mapping`, DeepSpeed's own link from a parameter to its part of the flat
-fp32 partition, which the BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 through the places where
-it keeps each parameter's partition, `grad_position`.
+The engine takes micro batches, accumulates and reduces gradients in fp32, steps the sharded optimizer, and gives access
+to the shards as fragments: ranges of named parameters, which is what a checkpoint stores. Those of ZeRO 1 and 2 are
+found by `_hp_mapping`, DeepSpeed's own link from a parameter to its part of the flat fp32 partition, which the
+BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 by its table of partitions, `grad_position`.
 """
 
-import contextlib
 import io
 import logging
 import os
+import time
 import unittest.mock
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from contextlib import redirect_stdout
+from typing import Any, NamedTuple, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from configs.enums import Precision
-from configs.schema import EngineConfig, OptimConfig
+from configs.errors import UserError
+from configs.schema import EngineConfig, OptimConfig, RunConfig
 from model.decoder import Decoder
 from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, FragmentReader
-from train.batch import StepShape
-from train.dist import Rank, Stopwatch
-from train.optim import adamw
-from train.versions import refuse_known_bad
+from train.dist import Rank
+from train.schedule import step_shape
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,17 +43,14 @@ with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: 
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FRAGMENT_LINK = "_hp_mapping"
 
 
-@dataclass(frozen=True)
-class OwnedFragment:
-    """A range of a parameter whose fp32 weights and moments this rank holds; views, not copies."""
+class OwnedFragment(NamedTuple):
+    """A range of a parameter, with views of what this rank holds of it, 1-D fp32: master, exp_avg, exp_avg_sq."""
 
     name: str
     start: int
     tensors: dict[str, Tensor]
-    """By kind: master, exp_avg, exp_avg_sq; each 1-D fp32 of the same length."""
 
 
 class NextTokenLoss(nn.Module):
@@ -72,8 +68,7 @@ class NextTokenLoss(nn.Module):
         """
         if doc_BT1 is None:
             # Through this module and not around it: ZeRO-3 gathers weights where it sees a forward pass begin.
-            logits: Tensor = self.decoder(tokens_BT1)
-            return logits
+            return cast(Tensor, self.decoder(tokens_BT1))
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
         hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
         nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
@@ -84,51 +79,61 @@ class NextTokenLoss(nn.Module):
 class Engine:
     """Trains a decoder over all ranks, from its weights, which every rank gives alike, or from a checkpoint."""
 
-    def __init__(
-        self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, shape: StepShape, rank: Rank
-    ) -> None:
-        self.decoder = decoder.to(rank.device)
+    def __init__(self, decoder: Decoder, cfg: RunConfig, rank: Rank) -> None:
+        self.rank, self.zero_stage, self.decoder = rank, cfg.engine.zero_stage, decoder.to(rank.device)
         # Taken now: under ZeRO-3 a parameter has no shape while it is sharded.
         self.shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         self.version: str = deepspeed.__version__
-        refuse_known_bad(self.version, torch.__version__, engine)
-        if engine.compile:
+        refuse_known_bad(self.version, torch.__version__, cfg.engine)
+        if cfg.engine.compile:
             for block in decoder.blocks:
                 # A graph for each shape: kernels for any shape would be others, depending on which came first.
                 block.compile(dynamic=False)
-        with contextlib.redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
+        with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
                 model=NextTokenLoss(self.decoder),
-                optimizer=adamw(self.decoder, optim),
-                config=deepspeed_config(engine, optim, shape, rank.world_size),
+                optimizer=adamw(self.decoder, cfg.optim),
+                config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
-        self.rank = rank
-        self.zero_stage = engine.zero_stage
-        self.forward_time = Stopwatch(rank.device)
-        """Of this rank's own forward passes: what tells a slow device from one that waits for it."""
+        self._forward_passes: list[tuple[Any, Any]] = []  # when each began and ended
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
         """Adds a micro batch to the step's gradient; returns summed nats and number of labels, [2]."""
-        device = self.rank.device
-        with self.forward_time:
-            loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
+        device, began = self.rank.device, self._now()
+        loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
+        self._forward_passes.append((began, self._now()))
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-        result: Tensor = counts
-        return result
+        return cast(Tensor, counts)
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Ends the accumulation: clips, steps, clears.
 
-        Returns the gradient's norm before clipping, and whether it was applied: one that is not finite is left
-        out by all ranks alike, and weights and moments stay as they were.
+        Returns the gradient's norm before clipping, and whether it was applied: one that is not finite is left out by
+        all ranks alike, and weights and moments stay as they were.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+
+    def read_forward_s(self) -> float:
+        """Seconds of this rank's own forward passes since the last reading: tells a slow device from one that waits."""
+        passes, self._forward_passes = self._forward_passes, []
+        if self.rank.device.type == "cpu":
+            return float(sum(ended - began for began, ended in passes))
+        passes[-1][1].synchronize()
+        return float(sum(began.elapsed_time(ended) for began, ended in passes)) / 1000
+
+    def _now(self) -> Any:
+        """On a device in its own time, without waiting for it."""
+        if self.rank.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -136,32 +141,25 @@ class Engine:
         self.engine.eval()
         # Lengths differ from batch to batch; a graph for each is not worth compiling.
         with torch.compiler.set_stance("force_eager"):
-            found: Tensor = self.engine(tokens_BT)
+            found = cast(Tensor, self.engine(tokens_BT))
         self.engine.train()
         return found
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
-        for name, start, flat, where in self._places():
-            state = self._state(flat)
-            yield OwnedFragment(
-                name, start, {MASTER: flat.data[where], **{kind: state[kind][where] for kind in MOMENTS}}
-            )
+        for name, start, state, where in self._places():
+            yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
-        """Takes weights and moments from a checkpoint, whatever world size or stage wrote it.
+        """Takes what this rank holds of weights and moments from a checkpoint, whatever world size or stage wrote it.
 
-        Each rank reads what it holds. `updates` is the number of steps that the moments have seen; with 0 they
-        begin anew.
+        `updates` is the number of steps that the moments have seen; with 0 they begin anew.
         """
-        for fragment in self.fragments():
-            for kind, tensor in fragment.tensors.items():
-                if kind == MASTER or updates:
-                    tensor.copy_(reader.read(kind, fragment.name, fragment.start, tensor.numel()))
-                else:
-                    tensor.zero_()
-        for flat in {id(flat): flat for _, _, flat, _ in self._places()}.values():
-            self._state(flat)["step"].fill_(float(updates))
+        for name, start, state, where in self._places():
+            state["step"].fill_(float(updates))
+            state[MASTER][where] = reader.read(MASTER, name, start, where.stop - where.start)
+            for kind in MOMENTS:
+                state[kind][where] = reader.read(kind, name, start, where.stop - where.start) if updates else 0.0
         zero = self.engine.optimizer
         if self.zero_stage < 3:
             zero.update_lp_params()
@@ -171,8 +169,8 @@ class Engine:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()
 
-    def _places(self) -> Iterator[tuple[str, int, Tensor, slice]]:
-        """Name, first index, flat partition and place in it, of each parameter that this rank has a part of."""
+    def _places(self) -> Iterator[tuple[str, int, dict[str, Tensor], slice]]:
+        """Name, first index, state of the flat partition and place in it, of each parameter this rank has a part of."""
         zero = self.engine.optimizer
         for name, parameter in zip(self.shapes, self.decoder.parameters(), strict=True):
             if self.zero_stage == 3:
@@ -180,33 +178,44 @@ class Engine:
                 start = share * self.rank.rank
                 numel = min(share, self.shapes[name].numel() - start)  # the last parts are padded, or padding alone
                 if numel > 0:
-                    yield name, start, zero.fp32_partitioned_groups_flat[group], slice(offset, offset + numel)
-            elif (link := getattr(parameter, FRAGMENT_LINK)) is not None:
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield name, start, self._state(flat), slice(offset, offset + numel)
+            elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
                 inside = link.hp_fragment_address
-                yield name, link.lp_fragment_address.start, flat, slice(inside.start, inside.start + inside.numel)
+                where = slice(inside.start, inside.start + inside.numel)
+                yield name, link.lp_fragment_address.start, self._state(flat), where
 
-    def _state(self, flat: Tensor) -> dict[str, Any]:
-        """State of a flat partition; AdamW makes its own only in the first step."""
-        state: dict[str, Any] = self.engine.optimizer.optimizer.state[flat]
+    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+        """Weights and moments of a flat partition; AdamW makes its own moments only in the first step."""
+        state: dict[str, Tensor] = self.engine.optimizer.optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
-        return state
+        return {MASTER: flat.data, **state}
 
 
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape, world_size: int) -> dict[str, Any]:
+def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW of PyTorch, fused: nothing is compiled at run time. Matrices are decayed, but not the input embedding."""
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (cfg.weight_decay, 0.0)]
+    for parameter in decoder.parameters():
+        is_decayed = parameter.ndim >= 2 and parameter is not decoder.embedding.weight
+        groups[0 if is_decayed else 1]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
     """Our settings in DeepSpeed's words; what is not settable here is fixed for a reason.
 
-    `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for
-    both, which in bf16 loses small gradients; with the pair, the stages differ in
-    the order of sums alone.
+    `grad_accum_dtype` fp32 with `communication_data_type` fp32: DeepSpeed's default is the model's dtype for both,
+    which in bf16 loses small gradients; with the pair, the stages differ in the order of sums alone.
     """
+    shape, engine = step_shape(cfg), cfg.engine
     return {
         "train_batch_size": shape.seqs_per_step,
         "train_micro_batch_size_per_gpu": shape.micro_batch_seqs,
         "gradient_accumulation_steps": shape.accumulation_steps,
-        "gradient_clipping": optim.grad_clip,
+        "gradient_clipping": cfg.optim.grad_clip,
         # In fp32 and with ZeRO-3 a gradient that is not finite is always left out; in bf16 it has to be asked for.
         "bf16": {"enabled": engine.precision is Precision.bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -221,3 +230,21 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, shape: StepShape,
         },
         "steps_per_print": 2**31,
     }
+
+
+def refuse_known_bad(deepspeed: str, pytorch: str, cfg: EngineConfig) -> None:
+    """Raises `UserError` for versions that compute something else than they should with these settings."""
+    version, stage = Version(deepspeed), cfg.zero_stage
+    if Version("0.18.6") <= version < Version("0.19.0") and stage == 1 and cfg.precision is Precision.bf16:
+        rule = "DeepSpeed 0.18.6 to 0.18.10 lose most of the last micro batch with ZeRO-1 in bf16 (pull request 7985)"
+    elif version < Version("0.18.9") and stage == 3 and Version(pytorch) >= Version("2.10"):
+        rule = "DeepSpeed before 0.18.9 races with torch 2.10 and later in ZeRO-3 (pull request 7898)"
+    elif version < Version("0.19.5"):
+        rule = "Marathon is tested with DeepSpeed 0.19.5 and later, and uses parts of it that older versions lack"
+    else:
+        return
+    raise UserError(
+        f"DeepSpeed {deepspeed} with torch {pytorch}, ZeRO-{stage} in {cfg.precision.value}",
+        rule,
+        "a container or environment with DeepSpeed 0.19.5 or later: slurm/build_env.sh",
+    )

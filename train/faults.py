@@ -1,14 +1,17 @@
-"""What ends a run before its last step or sends it back: signals, time, numbers that are not right."""
+"""What ends a run before its last step or sends it back: signals, time, hangs, numbers that are not right."""
 
+import faulthandler
 import fcntl
 import os
 import signal
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from configs.errors import UserError
 from configs.schema import FaultConfig
@@ -20,6 +23,12 @@ MARGIN_S = 30.0
 LOCK = "train.lock"
 LOCK_WAIT_S = 60.0
 """How long a start waits for the processes of the one before to be gone."""
+EXIT_HUNG = 76
+"""Any status but those that the job script knows: the job starts again."""
+GRACE_S = 5.0
+"""Between writing stacks and ending, so that the first to end does not take the others' words away."""
+LOOK_EVERY_S = 1.0
+"""A fraction of the grace: ranks look at different moments."""
 
 
 class StopSignals:
@@ -50,60 +59,83 @@ class JobClock:
         return time.time() + MARGIN_S + 2 * sum(self._slowest_s.values()) > self.ends_at
 
 
+class Watchdog:
+    """Ends a rank that hangs, after it has written where; `alive` has to be called more often than every `timeout_s`.
+
+    A hang is a step that takes longer; whether logs still grow is not asked. All ranks wait for the one that hangs, so
+    all write their stacks at about the same time, and then end with a status that makes the job start again.
+    """
+
+    def __init__(self, logs: Path, rank: int, timeout_s: float) -> None:
+        self.path, self.timeout_s = logs / f"stacks-rank-{rank:05d}.txt", timeout_s
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+        self._ended = threading.Event()
+        self.alive()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def alive(self) -> None:
+        """A step has ended, or another part of the work that may take as long."""
+        self._alive_at_s = time.monotonic()
+        # Written in C: it also works where Python itself does not run on, some seconds later.
+        faulthandler.dump_traceback_later(self.timeout_s + 6 * GRACE_S, exit=True, file=self._file)
+
+    def close(self) -> None:
+        """Ends the watch; a file without stacks goes."""
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if not self.path.stat().st_size:
+            self.path.unlink()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_EVERY_S):
+            waited_s = time.monotonic() - self._alive_at_s
+            if waited_s > self.timeout_s:
+                self._file.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S}: no step for {waited_s:.0f} s\n")
+                self._file.flush()
+                faulthandler.dump_traceback(self._file)
+                print(f"no step for {waited_s:.0f} s: stacks are in {self.path}", file=sys.stderr, flush=True)
+                time.sleep(GRACE_S)
+                os._exit(EXIT_HUNG)
+
+
 class RunLock:
     """Keeps a second job from training the same run at the same time, where the file system has locks.
 
-    Raises:
-        UserError: the run is held by another process, and stays so for a minute.
+    Raises `UserError` where another process holds the run, and still does after `LOCK_WAIT_S`, or, if asked, at once.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file: IO[str] = open(run_dir / "logs" / LOCK, "a")  # noqa: SIM115 (held until the end)
-        deadline = time.monotonic() + LOCK_WAIT_S
-        if not _locks(self._file):
+    def __init__(self, run_dir: Path, at_once: bool = False) -> None:
+        self._file = open(run_dir / "logs" / LOCK, "a")  # noqa: SIM115 (held until the end)
+        deadline = time.monotonic() + (0 if at_once else LOCK_WAIT_S)
+        if not (at_once or self._takes()):
             print(f"another process trains this run: waiting up to {LOCK_WAIT_S:.0f} s for its end", flush=True)
-        while not _locks(self._file):
-            if time.monotonic() > deadline:
-                raise _held(run_dir)
+        while not self._takes():
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{run_dir} is being trained by another process",
+                    "one job at a time trains a run, with the settings it was started with",
+                    "wait for it or end it: squeue --me, or the other terminal",
+                )
             time.sleep(0.5)
+
+    def _takes(self) -> bool:
+        """Takes the lock, which closing the file gives back; where a file system has none, nobody else holds it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+        return True
 
 
 def refuse_if_held(run_dir: Path) -> None:
     """Raises `UserError` where a process of this machine, or of a shared file system with locks, trains the run."""
-    path = run_dir / "logs" / LOCK
-    if path.exists():
-        with path.open("a") as file:
-            if not _locks(file):
-                raise _held(run_dir)
-
-
-def _locks(file: IO[str]) -> bool:
-    """Takes the lock that closing the file gives back; where a file system has none, nobody holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _held(run_dir: Path) -> UserError:
-    return UserError(
-        f"{run_dir} is being trained by another process",
-        "one job at a time trains a run, with the settings it was started with",
-        "wait for it or end it: squeue --me, or the other terminal",
-    )
+    if (run_dir / "logs" / LOCK).exists():
+        RunLock(run_dir, at_once=True)
 
 
 def refuse_bad_numbers(skipped_steps: Sequence[int], step: int, limit: int) -> None:
-    """Stops a run whose gradients are not finite again and again.
-
-    Args:
-        skipped_steps: Steps that were left out, the one just done included.
-        step: The step just done.
-        limit: So many in a row are borne.
-    """
+    """Raises `UserError` where more than `limit` steps in a row up to `step` are among those left out."""
     in_a_row = 0
     while in_a_row < len(skipped_steps) and skipped_steps[-1 - in_a_row] == step - in_a_row:
         in_a_row += 1

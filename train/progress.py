@@ -45,6 +45,11 @@ class Progress:
     ledger_bytes: int = 0
     """Length of the ledger when this was saved."""
 
+    @property
+    def consumption(self) -> dict[str, dict[str, int]]:
+        """What was consumed, as metrics and ledger have it."""
+        return {name: value for name, value in vars(self).items() if name.startswith("consumed")}
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""
         return asdict(self)
@@ -52,7 +57,6 @@ class Progress:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Progress":
         """From the entry of a manifest."""
-        progress = cls(**found)
-        progress.phases = [Phase(**phase) for phase in found["phases"]]
-        progress.skipped = [(first, end) for first, end in found["skipped"]]
-        return progress
+        phases = [Phase(**phase) for phase in found["phases"]]
+        skipped = [(first, end) for first, end in found["skipped"]]
+        return cls(**{**found, "phases": phases, "skipped": skipped})

@@ -23,11 +23,8 @@ def checkpoints_on_disk(train: TrainConfig, from_step: int = 0, present: Sequenc
 
     `present` are the steps of those that are there; where there are none, the run begins, and writes one at step 0.
     """
-    due = [
-        step
-        for step in (*range(0, train.steps, train.save_every_steps), train.steps)
-        if step > from_step or not present
-    ]
+    saved = *range(0, train.steps, train.save_every_steps), train.steps
+    due = [step for step in saved if step > from_step or not present]
     if not train.keep_checkpoints:
         return len(present) + len(due)
     steps, most = list(present), len(present)
@@ -38,9 +35,15 @@ def checkpoints_on_disk(train: TrainConfig, from_step: int = 0, present: Sequenc
 
 
 def require_space(run_dir: Path, cfg: RunConfig, vocab_rows: int, from_step: int) -> None:
-    """Raises `UserError` where the disk cannot hold what is still to come; quotas are not seen."""
+    """Raises `UserError` where a run is past its end, or the disk cannot hold what is to come; quotas are not seen."""
+    if from_step > cfg.train.steps:
+        raise UserError(
+            f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {from_step}",
+            "a run may be made longer, or end where it stands",
+            f"train.tokens={from_step * cfg.train.tokens_per_step} or more",
+        )
     train, each, free = cfg.train, checkpoint_bytes(cfg, vocab_rows), shutil.disk_usage(run_dir).free
-    present = [_step_of(path) for path in list_checkpoints(run_dir)]
+    present = list(_by_step(run_dir))
 
     def to_come(keep: int) -> int:
         return checkpoints_on_disk(replace(train, keep_checkpoints=keep), from_step, present) - len(present)
@@ -59,10 +62,8 @@ def remove_old(run_dir: Path, newest: int, keep: int, keep_every_steps: int) -> 
 
     Those of later steps stay too, and take nobody's place: they are not whole, or the run would not stand before them.
     """
-    if not keep:
-        return
-    checkpoints = {_step_of(path): path for path in list_checkpoints(run_dir)}
-    kept = _kept(list(checkpoints), newest, keep, keep_every_steps)
+    checkpoints = _by_step(run_dir)
+    kept = _kept(list(checkpoints), newest, keep, keep_every_steps) if keep else checkpoints
     for step, checkpoint in checkpoints.items():
         if step not in kept:
             remove(checkpoint)
@@ -77,10 +78,8 @@ def remove(checkpoint: Path) -> None:
 
 def _kept(steps: list[int], newest: int, keep: int, keep_every_steps: int) -> list[int]:
     oldest = [step for step in steps if step <= newest][-keep:][0]
-    return [
-        step for step in steps if step >= oldest or step == 0 or (keep_every_steps and step % keep_every_steps == 0)
-    ]
+    return [s for s in steps if s >= oldest or s == 0 or (keep_every_steps and s % keep_every_steps == 0)]
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(PREFIX))
+def _by_step(run_dir: Path) -> dict[int, Path]:
+    return {int(path.name.removeprefix(PREFIX)): path for path in list_checkpoints(run_dir)}

@@ -22,9 +22,9 @@ from model.init import left_empty
 from model.loss import next_token_labels, summed_cross_entropy
 from model.weights import FragmentReader
 from train import checkpoint
-from train.batch import step_shape
 from train.dist import Rank
 from train.engine import Engine
+from train.schedule import step_shape
 
 TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 0.2}
 """Largest relative error of one parameter's gradient. Measured: fp32 1e-6 on the layouts of
@@ -37,13 +37,14 @@ TEST_TOKENS = 256
 def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_rows: int, whole: Path) -> None:
     """Compares gradients unless this layout has passed before; leaves engine and run as in `whole`.
 
-    Raises:
-        UserError: a gradient is off by more than `TOLERANCE`; names the worst parameters.
+    Raises `UserError`, with the worst parameters, where a gradient is off by more than `TOLERANCE`.
     """
     ledger, layout = Ledger(run_dir), _layout(cfg, engine)
     if rank.tell(rank.is_first and ledger.last("self_test", layout=layout, passed=True) is not None):
         return
-    needed, there = 8 * count_parameters(cfg.model, vocab_rows), _available_bytes()
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    there = 1024 * int(next(line.split()[1] for line in meminfo if line.startswith("MemAvailable")))
+    needed = 8 * count_parameters(cfg.model, vocab_rows)
     if rank.tell(needed > 0.8 * there):
         if rank.is_first:
             found = f"the reference takes {needed / 2**30:.0f} GiB of host memory, {there / 2**30:.0f} are free"
@@ -62,25 +63,33 @@ def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_r
     scale = (1 - cfg.optim.beta1) * min(1.0, cfg.optim.grad_clip / norm) if applied else math.nan
     errors = _relative_errors(engine, rank, reference, scale)
     checkpoint.restore(whole, engine, rank, cfg.seed)
-    tolerance = TOLERANCE[cfg.engine.precision]
-    # NaN is not within anything, and max would pass over it.
-    worst, passed = max(errors.values()), all(error <= tolerance for error in errors.values())
-    if rank.is_first:
-        ledger.append("self_test", layout=layout, passed=passed, error=worst, tolerance=tolerance)
-    rank.first_does(lambda: _refuse(errors, tolerance))
-    if rank.is_first:
+
+    def tell() -> None:
+        worst, tolerance = max(errors.values()), TOLERANCE[cfg.engine.precision]
+        # NaN is not within anything, and max would pass over it.
+        wrong = sorted((name for name in errors if not errors[name] <= tolerance), key=lambda name: -errors[name])
+        ledger.append("self_test", layout=layout, passed=not wrong, error=worst, tolerance=tolerance)
+        if wrong:
+            raise UserError(
+                f"the engine's gradients are off in {len(wrong)} of {len(errors)} parameters: "
+                + ", ".join(f"{name} by {errors[name]:.2g}" for name in wrong[:4]),
+                f"at most {tolerance:g} from those of one process in fp32",
+                "another version of DeepSpeed or torch, another engine.zero_stage, or engine.compile=false; "
+                "train.self_test=false trains all the same",
+            )
         print(f"self-test: gradients agree with one process in fp32 to {worst:.1e}", flush=True)
+
+    rank.first_does(tell)
 
 
 def _layout(cfg: RunConfig, engine: Engine) -> dict[str, Any]:
-    settings = cfg.engine
     return {
         "world_size": cfg.cluster.world_size,
         "accumulation_steps": step_shape(cfg).accumulation_steps,
-        "zero_stage": settings.zero_stage,
-        "precision": settings.precision.value,
-        "comm_precision": settings.comm_precision.value,
-        "compile": settings.compile,
+        "zero_stage": cfg.engine.zero_stage,
+        "precision": cfg.engine.precision.value,
+        "comm_precision": cfg.engine.comm_precision.value,
+        "compile": cfg.engine.compile,
         "cluster": cfg.cluster.name,
         "deepspeed": engine.version,
         "torch": torch.__version__,
@@ -124,43 +133,14 @@ def _reference(
 
 
 def _relative_errors(engine: Engine, rank: Rank, reference: list[Tensor] | None, scale: float) -> dict[str, float]:
-    """By parameter: the norm of the difference over the norm of the reference.
-
-    A gradient far smaller than the others is measured against a thousandth of theirs.
-    """
-    mine: dict[str, list[tuple[int, Tensor]]] = {}
-    for fragment in engine.fragments():
-        mine.setdefault(fragment.name, []).append((fragment.start, fragment.tensors["exp_avg"]))
-    squares = []
+    """By parameter: the norm of the difference over that of the reference, or over a thousandth of all the others'."""
+    fragments, off_squares, squares = list(engine.fragments()), [], []
     for index, (name, shape) in enumerate(engine.shapes.items()):
-        expected = torch.empty(math.prod(shape)) if reference is None else reference[index].flatten()
-        expected = rank.broadcast(expected)
-        off = sum(
-            float((moment / scale - expected[start : start + moment.numel()]).double().square().sum())
-            for start, moment in mine.get(name, [])
-        )
-        squares.append((off, float(expected.double().square().sum())))
-    off_squares = rank.sum([off for off, _ in squares])
-    whole = sum(square for _, square in squares)
-    return {
-        name: math.sqrt(off / max(square, 1e-6 * whole))
-        for name, off, (_, square) in zip(engine.shapes, off_squares, squares, strict=True)
-    }
-
-
-def _refuse(errors: dict[str, float], tolerance: float) -> None:
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-    if wrong:
-        worst = sorted(wrong, key=lambda name: -wrong[name])[:4]
-        raise UserError(
-            f"the engine's gradients are off in {len(wrong)} of {len(errors)} parameters: "
-            + ", ".join(f"{name} by {wrong[name]:.2g}" for name in worst),
-            f"at most {tolerance:g} from those of one process in fp32",
-            "another version of DeepSpeed or torch, another engine.zero_stage, or engine.compile=false; "
-            "train.self_test=false trains all the same",
-        )
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
+        expected = rank.broadcast(torch.empty(math.prod(shape)) if reference is None else reference[index].flatten())
+        squares.append(float(expected.double().square().sum()))
+        mine = [(f.start, f.tensors["exp_avg"]) for f in fragments if f.name == name]
+        off = (moment / scale - expected[start : start + moment.numel()] for start, moment in mine)
+        off_squares.append(sum(float(part.double().square().sum()) for part in off))
+    least = 1e-6 * sum(squares)
+    pairs = zip(rank.sum(off_squares), squares, strict=True)
+    return dict(zip(engine.shapes, (math.sqrt(off / max(square, least)) for off, square in pairs), strict=True))

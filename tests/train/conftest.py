@@ -15,7 +15,7 @@ def alone(tmp_path_factory):
     torch_dist.init_process_group(
         "gloo", rank=0, world_size=1, init_method=f"file://{tmp_path_factory.mktemp('store') / 'file'}"
     )
-    yield Rank(0, 1, 0, torch.device("cpu"), ("here",))
+    yield Rank(0, 1, torch.device("cpu"), "here")
     torch_dist.destroy_process_group()
 
 

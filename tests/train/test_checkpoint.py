@@ -275,7 +275,7 @@ def test_weights_and_random_states_come_back_on_any_number_of_ranks(tmp_path):
         found = []
         for rank in range(world_size):
             weights, expected = Weights(0, rank, world_size), Weights(5, rank, world_size)
-            progress = restore(path, weights, Rank(rank, world_size, rank, CPU), seed=1)
+            progress = restore(path, weights, Rank(rank, world_size, CPU), seed=1)
             found.append(torch.rand(4))
             assert (progress.step, progress.updates) == (7, 6)
             assert all(torch.equal(weights.tensors[kind], t) for kind, t in expected.tensors.items())
@@ -288,7 +288,7 @@ def test_a_rank_that_was_not_there_has_other_numbers_at_every_step(tmp_path):
     found = set()
     for path in (*paths, *paths):
         for rank in range(2, 5):
-            restore(path, Weights(0), Rank(rank, 5, rank, CPU), seed=1)
+            restore(path, Weights(0), Rank(rank, 5, CPU), seed=1)
             found.add(tuple(torch.rand(4).tolist()))
     assert len(found) == 6
 

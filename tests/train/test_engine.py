@@ -89,16 +89,15 @@ def engine_steps(engine, cfg, rank, shape, first, last):
 def build(cfg, rank, resume_from=None):
     """What train/run.py does to have an engine, and the step it stands at."""
     from train import checkpoint
-    from train.batch import step_shape
     from train.engine import Engine
 
-    engine = Engine(fresh_decoder(cfg), cfg.engine, cfg.optim, step_shape(cfg), rank)
+    engine = Engine(fresh_decoder(cfg), cfg, rank)
     return engine, checkpoint.restore(resume_from, engine, rank, 1).step if resume_from else 0
 
 
 def save(folder, engine, rank, step):
+    from train.checkpoint import Saver
     from train.progress import Progress
-    from train.saving import Saver
 
     saver = Saver(folder, engine, rank, IDENTITY, (0, 0))
     saver.begin(Progress(step=step, updates=step))
@@ -111,8 +110,8 @@ def train_whole_and_in_parts(folder, world_size, layouts):
 
     Losses and norms of both, by layout.
     """
-    from train.batch import step_shape
     from train.dist import join, leave
+    from train.schedule import step_shape
 
     rank = join(config(world_size))
     told = {}
@@ -134,8 +133,8 @@ def train_whole_and_in_parts(folder, world_size, layouts):
 
 def one_bad_step(world_size, layouts):
     """One rank: a step whose gradient is not finite on the last rank alone, then two that are sound."""
-    from train.batch import step_shape
     from train.dist import join, leave
+    from train.schedule import step_shape
 
     rank = join(config(world_size))
     told = {}
@@ -223,12 +222,11 @@ def test_a_gradient_that_is_not_finite_is_left_out_by_all_ranks_alike():
 
 
 def test_engines_settings_reach_deepspeed():
-    from train.batch import step_shape
     from train.engine import deepspeed_config
 
     cfg = config(2)
     engine = dataclasses.replace(cfg.engine, precision=Precision.bf16, zero_stage=2)
-    found = deepspeed_config(engine, cfg.optim, step_shape(cfg), 2)
+    found = deepspeed_config(dataclasses.replace(cfg, engine=engine))
     assert (
         found["train_batch_size"]
         == SEQS

@@ -14,15 +14,14 @@ from model.weights import list_checkpoints, verify_files
 from tests.train.ranks import run_ranks
 from tests.train.states import IDENTITY, Weights
 from tests.train.test_engine import build, config, engine_steps
-from train import checkpoint, saving
-from train.checkpoint import Staging, writing_folder
+from train import checkpoint
+from train.checkpoint import Saver, Staging, writing_folder
 from train.progress import Progress
-from train.saving import Saver
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(saving, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(checkpoint, "PAUSES_S", (0.01, 0.02))
 
 
 def saver_of(run, rank, keep=(0, 0)):
@@ -120,7 +119,7 @@ def test_a_write_that_fails_once_is_tried_again(tmp_path, alone, monkeypatch):
         slept.append(pause_s)
         (writing_folder(tmp_path, 4) / "rank-00000.safetensors").unlink()
 
-    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=make_room, monotonic=saving.time.monotonic))
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=make_room, monotonic=checkpoint.time.monotonic))
     save(saver, 4)
     assert slept == [1.0]
     verify_files(list_checkpoints(tmp_path)[0])
@@ -151,7 +150,7 @@ def test_a_commit_that_fails_at_once_is_not_overlooked(tmp_path, alone, monkeypa
 
     class AtOnce:
         def submit(self, action, *arguments):
-            future = saving.Future()
+            future = checkpoint.Future()
             try:
                 future.set_result(action(*arguments))
             except OSError as error:
@@ -191,15 +190,15 @@ def test_a_folder_that_is_read_only(tmp_path, alone, impatient, read_only):
 
 def save_on_two_ranks(folder):
     """One rank: steps beside slow and failing writes; what the first rank has seen, and the others told it."""
-    from train.batch import step_shape
     from train.dist import join, leave
+    from train.schedule import step_shape
 
     cfg = config(2)
     rank = join(cfg)
     engine, _ = build(cfg, rank)
     shape, seen, may_write = step_shape(cfg), {}, threading.Event()
     saver = Saver(folder, engine, rank, IDENTITY, (0, 0), say=lambda text: None)
-    saving.PAUSES_S = (0.01, 0.02)
+    checkpoint.PAUSES_S = (0.01, 0.02)
     write_part = checkpoint.write_part
 
     def write_when_allowed(*arguments):

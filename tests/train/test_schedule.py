@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from configs.compose import compose
 from configs.enums import ScheduleName
 from configs.schema import OptimConfig, ScheduleConfig
-from train.batch import step_shape
-from train.schedule import learning_rate
+from train.schedule import learning_rate, step_shape
 
 OPTIM = OptimConfig(lr=1.0)
 

@@ -13,16 +13,16 @@ from configs.schema import EngineConfig
 from ledger.record import Ledger
 from tests.train.ranks import run_ranks
 from tests.train.test_engine import ROWS, build, config, engine_steps, save
+from train.engine import refuse_known_bad
 from train.selftest import TOLERANCE
-from train.versions import refuse_known_bad
 
 LAYOUTS = list(itertools.product((1, 2, 3), ("fp32", "bf16")))
 
 
 def pass_on_all_layouts(folder, world_size):
     """One rank: for each layout whether engine and later steps are as without a self-test, and what it recorded."""
-    from train.batch import step_shape
     from train.dist import join, leave
+    from train.schedule import step_shape
     from train.selftest import self_test
 
     base = config(world_size)

@@ -12,8 +12,8 @@ import pytest
 
 from tests.train.ranks import start_ranks
 from tests.train.runs import one_rank, small, steps, train
-from train import watchdog
-from train.watchdog import EXIT_HUNG, Watchdog
+from train import faults
+from train.faults import EXIT_HUNG, Watchdog
 
 TIMEOUT_S = 2.0
 
@@ -27,8 +27,8 @@ def hurry(timeout_s):
     from train import run
 
     go = run.train
-    watchdog.GRACE_S = 1.0
-    watchdog.LOOK_EVERY_S = 0.2
+    faults.GRACE_S = 1.0
+    faults.LOOK_EVERY_S = 0.2
 
     def train_in_a_hurry(job):
         job.watchdog.timeout_s = timeout_s
@@ -105,7 +105,7 @@ def test_a_rank_that_does_not_run_python_any_more_ends_all_the_same(tmp_path, he
 
 def hold_the_interpreter(logs, held):
     """Watched for half a second, and never lets another thread of Python run."""
-    watchdog.GRACE_S = 0.2
+    faults.GRACE_S = 0.2
     Watchdog(logs, 0, 0.5)
     if held == "by C":
         ctypes.PyDLL(None).sleep(1000)

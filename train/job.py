@@ -1,0 +1,115 @@
+"""What a rank trains with, made in reading order: corpus, checkpoint to go on from, order of samples, engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from data import manifest as corpus
+from data.heldout import ValidDocuments
+from data.loader import Samples
+from data.manifest import TRAIN, Manifest
+from data.mixture import plan_phases
+from data.order import unskipped
+from ledger.record import Ledger
+from model.decoder import Decoder, padded_rows
+from model.flops import flops_per_token
+from model.init import init_weights, left_empty
+from model.weights import read_manifest
+from train.checkpoint import Saver, newest_usable, remove_unfinished, require_identity
+from train.dist import Rank
+from train.engine import Engine
+from train.faults import JobClock, StopSignals, Watchdog
+from train.metrics import Metrics, peak_flops
+from train.progress import Progress
+from train.retention import require_space
+from train.schedule import step_shape
+
+
+class Job:
+    """One start of a run, on one rank; its weights are not yet those of the checkpoint to go on from.
+
+    Raises `UserError` on all ranks where corpus, checkpoints or disk are not what a run needs.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, run_dir: Path, corpus_dir: Path, rank: Rank, signals: StopSignals, watchdog: Watchdog
+    ) -> None:
+        self.cfg, self.run_dir, self.ledger, self.rank = cfg, run_dir, Ledger(run_dir), rank
+        self.signals, self.watchdog, self.clock = signals, watchdog, JobClock()
+        manifest = Manifest.load(corpus_dir)
+        self._verify_corpus(corpus_dir)
+        self.vocab_rows = padded_rows(manifest.tokenizer.vocab_size)
+        identity = {
+            "corpus_hash": manifest.corpus_hash,
+            "seq_len": cfg.train.seq_len,
+            "seed": cfg.seed,
+            "packing": cfg.mixture.packing.value,
+            "vocab_rows": self.vocab_rows,
+        }
+        earlier_corpora = [removal["corpus_hash_before"] for removal in manifest.removed]
+        self.resume_from = self._choose_checkpoint(identity, earlier_corpora)
+        found = Progress.from_json(read_manifest(self.resume_from)["progress"]) if self.resume_from else Progress()
+        rank.first_does(lambda: require_space(run_dir, cfg, self.vocab_rows, found.step))
+        self.progress, self.shape = found, step_shape(cfg)
+        self.phases, self.mixtures = plan_phases(
+            found.phases,
+            cfg.mixture,
+            manifest.tokens_by_part(TRAIN),
+            position=int(unskipped(found.step * cfg.train.seqs_per_step, found.skipped)),
+            end_position=cfg.train.steps * cfg.train.seqs_per_step,
+            seq_len=cfg.train.seq_len,
+        )
+
+        with left_empty():
+            decoder = Decoder(cfg.model, self.vocab_rows)
+        if self.resume_from is None:
+            init_weights(decoder, cfg.seed)
+        self.engine = Engine(decoder, cfg, rank)
+        self.metrics = Metrics(run_dir, cfg, rank, found.step)
+        self.samples = Samples(corpus_dir, self.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
+        self.held_out = ValidDocuments(corpus_dir).read_all()
+        self.flops_per_token = flops_per_token(cfg.model, self.vocab_rows, cfg.train.seq_len)
+        self.peak_flops = peak_flops(cfg, rank)
+        keep = cfg.train.keep_checkpoints, cfg.train.keep_every_steps
+        self.saver = Saver(run_dir, self.engine, rank, identity, keep, self.metrics.terminal.say)
+
+    def _verify_corpus(self, corpus_dir: Path) -> None:
+        """Every shard is there, and those that changed since they were last hashed are what the manifest says."""
+        rank, marks = self.rank, dict[str, list[int]]()
+        rank.first_does(lambda: marks.update(corpus.marks(corpus_dir)))
+        last = self.ledger.last("corpus_verified", path=str(corpus_dir)) if rank.is_first else None
+        known = last["marks"] if last else {}
+        changed = rank.tell(sorted(name for name, mark in marks.items() if known.get(name) != mark))
+
+        def share() -> Iterator[str]:
+            for name in changed[rank.rank :: rank.world_size]:
+                self.watchdog.alive()  # each may take a while, and all of them longer than a hang
+                yield name
+
+        rank.together(lambda: corpus.verify_files(corpus_dir, share()))
+        if rank.is_first and changed:
+            self.ledger.append("corpus_verified", path=str(corpus_dir), files=len(changed), marks=marks)
+
+    def _choose_checkpoint(self, identity: dict[str, Any], earlier_corpora: list[str]) -> Path | None:
+        """The checkpoint to go on from; what is wrong with newer ones is told and recorded."""
+        if self.rank.is_first:
+            remove_unfinished(self.run_dir)
+        found, complaints = newest_usable(self.run_dir, self.rank)
+
+        def judge() -> None:
+            for complaint in complaints:
+                print(f"not used: {complaint}", flush=True)
+                self.ledger.append("checkpoint_damaged", complaint=complaint)
+            if found is not None:
+                require_identity(found, identity, earlier_corpora)
+            elif complaints:
+                raise UserError(
+                    f"none of {len(complaints)} checkpoints in {self.run_dir / 'checkpoints'} is whole",
+                    "a run does not begin again over what may be saved yet",
+                    "bring one back, from a copy or an earlier `marathon move`; or move the folder away to begin again",
+                )
+
+        self.rank.first_does(judge)
+        return found
