@@ -17,9 +17,7 @@ from data.mixture import Mixture, language_rows, plan_phases, table
 from data.order import Phase, unskipped
 from ledger import host
 from ledger.record import Ledger, gap
-from model.decoder import Decoder, padded_rows
-from model.flops import count_parameters, flops_per_token
-from model.init import init_weights, left_empty
+from model.decoder import Decoder, count_parameters, flops_per_token, init_weights, padded_rows
 from model.weights import list_checkpoints, read_manifest
 from train import checkpoint
 from train.batch import step_shape
@@ -186,8 +184,7 @@ def _refuse_to_begin_again(run_dir: Path, complaints: list[str]) -> None:
 
 def _engine(cfg: RunConfig, vocab_rows: int, rank: Rank, has_weights: bool) -> Engine:
     """The engine; where a checkpoint has the weights, none are drawn."""
-    with left_empty():
-        decoder = Decoder(cfg.model, vocab_rows)
+    decoder = Decoder(cfg.model, vocab_rows)
     if not has_weights:
         init_weights(decoder, cfg.seed)
     return Engine(decoder, cfg.engine, cfg.optim, step_shape(cfg), rank)

@@ -7,11 +7,17 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from configs.compose import GROUPS, compose
-from model.decoder import Decoder, padded_rows
-from model.flops import count_parameters, flops_per_token
+from model.decoder import (
+    IGNORED,
+    Decoder,
+    count_parameters,
+    flops_per_token,
+    init_weights,
+    next_token_labels,
+    padded_rows,
+    summed_cross_entropy,
+)
 from model.hf import to_our_state, to_their_config, to_transformers
-from model.init import init_weights
-from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 
 ROWS = 256
 
