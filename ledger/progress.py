@@ -9,18 +9,13 @@ LINE_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts something up; a context manager.
+    """Counts something up: `what` it is for, in units told in the plural; a context manager.
 
-    Args:
-        what: Stands before the bar, and before the count in a plain line.
-        unit: What is counted, in the plural.
-        total: Where it ends, if that is known.
-        shown: False on ranks that have nothing to say.
+    `total` is where it ends, if that is known. A rank that has nothing to say is not `shown`.
     """
 
     def __init__(self, what: str, unit: str, total: int | None = None, *, done: int = 0, shown: bool = True) -> None:
-        self.what, self.unit, self.total, self.done = what, unit, total, done
-        self.shown = shown
+        self.what, self.unit, self.total, self.done, self.shown = what, unit, total, done, shown
         self._next_line_s = time.monotonic() + LINE_EVERY_S
         self._bar = _bar(unit) if shown and sys.stdout.isatty() else None
         if self._bar is not None:
@@ -63,13 +58,6 @@ def _bar(unit: str) -> Any:
     """rich's bar; a rank behind a pipe never imports it."""
     from rich import progress as columns
 
-    return columns.Progress(
-        columns.TextColumn("{task.description}"),
-        columns.BarColumn(),
-        columns.MofNCompleteColumn(),
-        columns.TextColumn(unit),
-        columns.TimeElapsedColumn(),
-        columns.TextColumn("left"),
-        columns.TimeRemainingColumn(),
-        transient=True,
-    )
+    counts = ("{task.description}", columns.BarColumn(), columns.MofNCompleteColumn(), unit)
+    times = (columns.TimeElapsedColumn(), "left", columns.TimeRemainingColumn())
+    return columns.Progress(*counts, *times, transient=True)
