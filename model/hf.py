@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.schema import ModelConfig
 from model.decoder import Decoder
 
 THEIR_NAMES = {
@@ -35,17 +34,19 @@ def to_our_state(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor
 
 
 def to_their_config(
-    cfg: ModelConfig, *, vocab_rows: int, seq_len: int, dtype: str, bos_id: int = 1, eos_id: int = 2, pad_id: int = 3
+    decoder: Decoder, *, seq_len: int, bos_id: int = 1, eos_id: int = 2, pad_id: int = 3
 ) -> dict[str, Any]:
     """The content of `config.json`, with the keys of both generations.
 
     transformers 4 reads `rope_theta` and `torch_dtype`, and falls back to a RoPE base of 10,000 without a word where
     only `rope_parameters` is there; transformers 5 reads the new keys.
     """
+    cfg, weight = decoder.cfg, decoder.embedding.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": vocab_rows,
+        "vocab_size": len(weight),
         "hidden_size": cfg.d_model,
         "intermediate_size": cfg.d_ff,
         "num_hidden_layers": cfg.n_layer,
@@ -81,9 +82,8 @@ def to_transformers(decoder: Decoder, *, seq_len: int, **ids: int) -> Any:
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    weight, dtype = decoder.embedding.weight, str(decoder.embedding.weight.dtype).removeprefix("torch.")
-    config = Qwen3Config(**to_their_config(decoder.cfg, vocab_rows=len(weight), seq_len=seq_len, dtype=dtype, **ids))
+    weight, state = decoder.embedding.weight, to_their_state(decoder.state_dict())
+    config = Qwen3Config(**to_their_config(decoder, seq_len=seq_len, **ids))
     # from_pretrained fills what it is given and initialises nothing twice; buffers such as RoPE's come out right.
-    state = to_their_state(decoder.state_dict())
     model = Qwen3ForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=weight.dtype)
     return model.to(weight.device).eval()

@@ -46,10 +46,8 @@ def test_logits_equal_transformers(tiny_model, tied, n_kv_head):
 @pytest.mark.parametrize("tied", [True, False])
 def test_their_weights_load_into_ours(tiny_model, tied):
     cfg = replace(tiny_model, tie_embeddings=tied)
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(**to_their_config(cfg, vocab_rows=ROWS, seq_len=64, bos_id=1, eos_id=2, pad_id=3, dtype="float32"))
-    ).eval()
     decoder = Decoder(cfg, ROWS).eval()
+    theirs = Qwen3ForCausalLM(Qwen3Config(**to_their_config(decoder, seq_len=64))).eval()
     decoder.load_state_dict(to_our_state(theirs.state_dict(), decoder))
     tokens = torch.randint(ROWS, (2, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
