@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,7 @@ from lm_eval.tasks import TaskManager
 
 
 def run_suite(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    suite_dir: Path,
-    tasks: Iterable[str],
-    *,
-    batch_seqs: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite_dir: Path, tasks: list[str], *, batch_seqs: int
 ) -> dict[str, Any]:
     """Asks the model every question of `tasks`; all ranks take part and all return the same.
 
@@ -73,21 +67,16 @@ class _SharedLM(HFLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a prompt with bos in front, or without where lm-eval adds it itself (`add_special_tokens=False`)."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
+        if len(ids) > self.max_length:  # with bos, but without the last one, which is only predicted
+            raise ValueError(f"{string!r}: {len(ids)} tokens, the model reads {self.max_length}")
         return ids if add_special_tokens is False else [self.tokenizer.bos_token_id, *ids]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation, and whether it is the greedy one."""
-        ranks = PartialState()
-        rank, n = ranks.process_index, ranks.num_processes
-        shares = gather_object([super().loglikelihood(requests[rank::n], disable_tqdm=True)])
+        rank, n = PartialState().process_index, PartialState().num_processes
+        mine = requests[rank::n]
+        shares = gather_object([super().loglikelihood(mine, disable_tqdm=True) if mine else []])
         return [shares[i % n][i // n] for i in range(len(requests))]
-
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        for (query, choice), context, continuation in requests:
-            n_tokens = len(context) + len(continuation) - 1
-            if n_tokens > self.max_length:
-                raise ValueError(f"{query + choice!r}: {n_tokens} tokens, the model reads {self.max_length}")
-        return super()._loglikelihood_tokens(requests, **kwargs) if requests else []
 
 
 def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:

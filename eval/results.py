@@ -38,10 +38,7 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result beside its place, forces it to disk, and puts it there.
-
-    A result of another suite, corpus or checkpoint that stands there is kept, under eval/earlier.
-    """
+    """Puts a result in its place, whole and on disk; one of another identity there is kept, under eval/earlier."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:

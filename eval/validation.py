@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -96,10 +95,9 @@ def gather_scores(scores: list[DocumentScore]) -> list[DocumentScore]:
 def bits_per_byte(scores: Iterable[DocumentScore], *, bootstrap_samples: int, seed: int = 0) -> dict[str, Bpb]:
     """Bits per byte by language, in order of language.
 
-    The interval is the 2.5th to the 97.5th percentile over `bootstrap_samples` resamplings of documents. The
-    draws depend on the seed and the number of documents alone: checkpoints, and languages with parallel
-    documents, are resampled alike. A language with one document has an interval of width 0: it has no spread
-    to show.
+    The interval is the 2.5th to the 97.5th percentile over `bootstrap_samples` resamplings of documents. The draws
+    depend on the seed and the number of documents alone: checkpoints, and languages with parallel documents, are
+    resampled alike. A language with one document has an interval of width 0: it has no spread to show.
     """
     by_lang = {}
     for lang, of_lang in groupby(sorted(scores, key=attrgetter("lang", "id")), key=attrgetter("lang")):

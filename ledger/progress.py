@@ -27,8 +27,8 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
-        if kind is None and self.shown and self.total is None:
-            print(f"{self.what}: {self.done:,} {self.unit}", flush=True)
+        if kind is None and self.total is None:
+            self.say(f"{self.what}: {self.done:,} {self.unit}")
 
     def stop(self) -> None:
         """Takes the bar away; for those who cannot be a `with` block."""
@@ -40,10 +40,9 @@ class Progress:
         self.done += n
         if self._bar is not None:
             self._bar.advance(self._task, n)
-        elif self.shown and (now := time.monotonic()) >= self._next_line_s:
-            self._next_line_s = now + LINE_EVERY_S
+        elif time.monotonic() >= self._next_line_s:
             of = "" if self.total is None else f" of {self.total:,}"
-            print(f"{self.what}: {self.done:,}{of} {self.unit}", flush=True)
+            self.say(f"{self.what}: {self.done:,}{of} {self.unit}")
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""

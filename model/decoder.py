@@ -60,12 +60,6 @@ def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return turned.to(x_BNTH.dtype)
 
 
-def document_mask(doc_BT: Tensor) -> Tensor:
-    """Who may look at whom: bool [B, 1, T, T], true for earlier positions of the same document."""
-    same_BTT = doc_BT[:, :, None] == doc_BT[:, None, :]
-    return same_BTT.tril()[:, None]
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries and normed queries and keys."""
 
@@ -144,12 +138,10 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def hidden(self, tokens_BT: Tensor, doc_BT: Tensor | None = None) -> Tensor:
-        """Last hidden states [B, T, D], normed.
-
-        Attention stays inside the documents that `doc_BT` numbers; without it, each sequence is one document.
-        """
+        """Last hidden states [B, T, D], normed; attention stays inside the documents that `doc_BT` numbers."""
         cos_TH, sin_TH = rotary_tables(tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, tokens_BT.device)
-        mask = None if doc_BT is None else document_mask(doc_BT)
+        # Who may look at whom: bool [B, 1, T, T], true for earlier positions of the same document.
+        mask = None if doc_BT is None else (doc_BT[:, :, None] == doc_BT[:, None, :]).tril()[:, None]
         x_BTD = self.embedding(tokens_BT)
         cos_TH, sin_TH = cos_TH.to(x_BTD.dtype), sin_TH.to(x_BTD.dtype)
         for block in self.blocks:
@@ -219,11 +211,10 @@ def count_parameters(cfg: ModelConfig, vocab_rows: int) -> int:
 def flops_per_token(cfg: ModelConfig, vocab_rows: int, seq_len: int) -> float:
     """Operations of forward and backward for one trained token; recomputation is not counted.
 
-    6 for each parameter that multiplies (2 forward, 4 backward; the input embedding is a look-up, the output
-    matrix multiplies even where it is tied), and 6 n_layer n_head head_dim seq_len for attention: two products
-    of 2 operations a position, 3 passes, over the half of the positions that a causal mask leaves. Document
-    masks leave fewer; they are not deducted. This is Chowdhery et al. 2022 (PaLM), appendix B, with the
-    causal half.
+    6 for each parameter that multiplies (2 forward, 4 backward; the input embedding is a look-up, the output matrix
+    multiplies even where it is tied), and 6 n_layer n_head head_dim seq_len for attention: two products of 2 operations
+    a position, 3 passes, over the half of the positions that a causal mask leaves. Document masks leave fewer; they are
+    not deducted. This is Chowdhery et al. 2022 (PaLM), appendix B, with the causal half.
     """
     attention = 6 * cfg.n_layer * cfg.n_head * cfg.head_dim * seq_len
     return 6.0 * (_in_matrices(cfg) + vocab_rows * cfg.d_model) + attention

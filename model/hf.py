@@ -1,4 +1,4 @@
-"""To and from Hugging Face: our state dict and config as those of `Qwen3ForCausalLM`."""
+"""To Hugging Face: our state dict and config as those of `Qwen3ForCausalLM`."""
 
 from typing import Any
 
@@ -26,11 +26,6 @@ def to_their_name(name: str) -> str:
 def to_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under their names; the tensors are shared, not copied."""
     return {to_their_name(name): tensor for name, tensor in state.items()}
-
-
-def to_our_state(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
-    """Their state dict under our names, for loading into `decoder`; a tied `lm_head` is left out."""
-    return {name: state[to_their_name(name)] for name in decoder.state_dict()}
 
 
 def to_their_config(
@@ -76,10 +71,7 @@ def to_their_config(
 
 
 def to_transformers(decoder: Decoder, *, seq_len: int, **ids: int) -> Any:
-    """The decoder as a `Qwen3ForCausalLM` in evaluation mode, in its own dtype, on its own device.
-
-    `ids` are `bos_id`, `eos_id` and `pad_id`.
-    """
+    """The decoder as a `Qwen3ForCausalLM` in evaluation mode, of its dtype and on its device; `ids` as above."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     weight, state = decoder.embedding.weight, to_their_state(decoder.state_dict())

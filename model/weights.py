@@ -10,6 +10,7 @@ A fragment is a range of a flattened parameter, addressed by the parameter's nam
 depend on how many ranks wrote them, reading does not. Nothing here can hold code: JSON and safetensors.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -27,10 +28,8 @@ from model.decoder import Decoder
 
 PREFIX = "step-"
 MANIFEST, MANIFEST_SHA256 = "manifest.json", "manifest.sha256"
-MASTER = "master"
-"""Kind of the fragments that hold the weights in fp32."""
-RANDOM = "random"
-"""Kind of the tensors that hold states of random generators."""
+MASTER, RANDOM = "master", "random"
+"""Kinds of tensors: fragments of the weights in fp32, and states of random generators."""
 
 
 def rank_file(rank: int) -> str:
@@ -68,10 +67,7 @@ def checkpoint_sha256(checkpoint: Path) -> str:
 
 
 def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
-    """Raises `UserError` naming the first file that is missing or not what the manifest says.
-
-    With `parts`, the files are shared out and only those of one `part` are read.
-    """
+    """Raises `UserError` for the first file, of one `part` of them, that is missing or not what the manifest says."""
     files = read_manifest(checkpoint)["files"]
     for name in sorted(files)[part::parts]:
         expected, found = files[name]["sha256"], _read(checkpoint / name, file_sha256)
@@ -94,13 +90,10 @@ class FragmentReader:
         for file, entry in self.files.items():
             for name, start, numel in entry["fragments"]:
                 self._fragments.setdefault(name, []).append((file, start, start + numel))
-        self._open: dict[str, Any] = {}
+        self._file: Callable[[str], Any] = functools.cache(lambda name: safe_open(checkpoint / name, framework="pt"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of parameter `name`, fp32, on the CPU.
-
-        Raises `UserError` where the checkpoint does not hold all of them.
-        """
+        """Elements [start, start + numel) of parameter `name`, fp32, on the CPU; `UserError` where some are missing."""
         out, n_filled = torch.empty(numel, dtype=torch.float32), 0
         for file, begin, end in self._fragments.get(name, []):
             first, last = max(start, begin), min(start + numel, end)
@@ -121,14 +114,9 @@ class FragmentReader:
         """State of each random generator of a rank, by device; none where fewer ranks wrote the checkpoint."""
         if rank_file(rank) not in self.files:
             return {}
-        stored = self._file(rank_file(rank))
-        keys = [key for key in stored.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118
-        return {key.removeprefix(f"{RANDOM}/"): stored.get_tensor(key) for key in keys}
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.checkpoint / name, framework="pt")
-        return self._open[name]
+        stored, prefix = self._file(rank_file(rank)), f"{RANDOM}/"
+        keys = [key for key in stored.keys() if key.startswith(prefix)]  # noqa: SIM118
+        return {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
 
 
 def load_decoder(checkpoint: Path, cfg: RunConfig) -> tuple[Decoder, str]:
