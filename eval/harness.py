@@ -15,9 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import reduce
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when the libraries below are imported
@@ -74,9 +75,11 @@ class _SharedLM(HFLM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation, and whether it is the greedy one."""
         rank, n = PartialState().process_index, PartialState().num_processes
-        mine = requests[rank::n]
-        shares = gather_object([super().loglikelihood(mine, disable_tqdm=True) if mine else []])
-        return [shares[i % n][i // n] for i in range(len(requests))]
+        scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
+        if mine := requests[rank::n]:
+            scores[rank::n] = scores.new_tensor(super().loglikelihood(mine, disable_tqdm=True))
+        # Each row is zero on all ranks but one.
+        return [(nats, bool(is_greedy)) for nats, is_greedy in reduce(scores, "sum").tolist()]
 
 
 def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:
