@@ -22,9 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from configs.compose import compose
-from model.decoder import Decoder
-from model.flops import count_parameters
-from model.init import init_weights
+from model.decoder import Decoder, count_parameters, init_weights
 from train.checkpoint import Saver, Staging
 from train.dist import join, leave
 from train.engine import Engine

@@ -12,13 +12,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 import yaml
+from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when the libraries below are imported
@@ -30,12 +30,7 @@ from lm_eval.tasks import TaskManager
 
 
 def run_suite(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    suite_dir: Path,
-    tasks: Iterable[str],
-    *,
-    batch_seqs: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite_dir: Path, tasks: list[str], *, batch_seqs: int
 ) -> dict[str, Any]:
     """Asks the model every question of `tasks`; all ranks take part and all return the same.
 
@@ -53,8 +48,9 @@ def run_suite(
     questions = TaskManager(include_defaults=False).load([_task_config(suite_dir, task) for task in tasks])
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar a task
         # As in one process, on every rank: the ranks share the work inside `_SharedLM`.
-        results = evaluate(_SharedLM(model, tokenizer, batch_seqs), questions, bootstrap_iters=1000)
-    assert results is not None
+        # Log-softmax in the dtype of a bf16 model would turn close answers into ties.
+        lm = _SharedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_seqs, softmax_dtype="float32")
+        results: Any = evaluate(lm, questions, bootstrap_iters=1000)
     digest, figures = hashlib.sha256(), {}
     for task, samples in sorted(results["samples"].items()):
         digest.update(json.dumps([task, [sample["arguments"] for sample in samples]]).encode())
@@ -69,35 +65,21 @@ class _SharedLM(HFLM):  # type: ignore[misc]
     documents than there are ranks. Here it believes to be alone.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_seqs: int) -> None:
-        # Log-softmax in the dtype of a bf16 model would turn close answers into ties.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_seqs, softmax_dtype="float32")
-        if tokenizer.bos_token_id is None:
-            raise ValueError("the tokenizer has no bos token, with which every prompt begins")
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a prompt with bos in front, or without where lm-eval adds it itself (`add_special_tokens=False`)."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
+        if len(ids) > self.max_length:  # with bos, but without the last one, which is only predicted
+            raise ValueError(f"{string!r}: {len(ids)} tokens, the model reads {self.max_length}")
         return ids if add_special_tokens is False else [self.tokenizer.bos_token_id, *ids]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation, and whether it is the greedy one."""
-        is_shared = torch.distributed.is_initialized()
-        rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
-        mine = super().loglikelihood(requests[rank::world_size], disable_tqdm=True)
+        rank, n = PartialState().process_index, PartialState().num_processes
         scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
-        if mine:
-            scores[rank::world_size] = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        if is_shared:
-            torch.distributed.all_reduce(scores)  # each row is zero on all ranks but one
-        return [(nats, bool(is_greedy)) for nats, is_greedy in scores.tolist()]
-
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        for (query, choice), context, continuation in requests:
-            n_tokens = len(context) + len(continuation) - 1
-            if n_tokens > self.max_length:
-                raise ValueError(f"{query + choice!r}: {n_tokens} tokens, the model reads {self.max_length}")
-        return super()._loglikelihood_tokens(requests, **kwargs) if requests else []
+        if mine := requests[rank::n]:
+            scores[rank::n] = scores.new_tensor(super().loglikelihood(mine, disable_tqdm=True))
+        # Each row is zero on all ranks but one.
+        return [(nats, bool(is_greedy)) for nats, is_greedy in reduce(scores, "sum").tolist()]
 
 
 def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:
@@ -110,15 +92,11 @@ def _task_config(suite_dir: Path, task: str) -> dict[str, Any]:
 def _figures(metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, float | int]:
     gold_bits, gold_bytes, ties = 0.0, 0, 0
     for sample in samples:
-        nats = [score for score, _ in sample["filtered_resps"]]
-        gold_bits -= nats[sample["target"]] / math.log(2)
-        gold_bytes += len(sample["doc"]["choices"][sample["target"]].encode())
-        best, second = sorted(nats)[:-3:-1]
+        nats, gold = [score for score, _ in sample["filtered_resps"]], sample["target"]
+        gold_bits -= nats[gold] / math.log(2)
+        gold_bytes += len(sample["doc"]["choices"][gold].encode())
+        *_, second, best = sorted(nats)
         ties += best == second
-    return {
-        **{name: metrics[f"{name},none"] for name in ("acc", "acc_stderr", "acc_bytes", "acc_bytes_stderr")},
-        "gold_bpb": gold_bits / gold_bytes,
-        "items": len(samples),
-        "chance": 1 / len(samples[0]["doc"]["choices"]),
-        "ties": ties,
-    }
+    told = {name: metrics[f"{name},none"] for name in ("acc", "acc_stderr", "acc_bytes", "acc_bytes_stderr")}
+    chance = 1 / len(samples[0]["doc"]["choices"])
+    return {**told, "gold_bpb": gold_bits / gold_bytes, "items": len(samples), "chance": chance, "ties": ties}

@@ -14,6 +14,8 @@ from typing import Any
 
 IDENTITY = ("model_sha256", "suite_hash", "corpus_hash")
 """What a result is a function of, up to rounding."""
+MEANS = ("acc", "acc_bytes", "gold_bpb", "chance")
+"""Figures of a task that are averaged over the languages of its family."""
 
 
 def result_path(run_dir: Path, checkpoint: str) -> Path:
@@ -36,10 +38,7 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result beside its place, forces it to disk, and puts it there.
-
-    A result of another suite, corpus or checkpoint that stands there is kept, under eval/earlier.
-    """
+    """Puts a result in its place, whole and on disk; one of another identity there is kept, under eval/earlier."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:
@@ -50,8 +49,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         named = " ".join(str(earlier.get(name)) for name in IDENTITY)
         kept = path.parent / "earlier" / f"{path.stem}-{hashlib.sha256(named.encode()).hexdigest()[:8]}.json"
         kept.parent.mkdir(exist_ok=True)
-        kept.unlink(missing_ok=True)
-        os.link(path, kept)
+        os.replace(path, kept)
     os.replace(beside, path)
 
 
@@ -59,9 +57,6 @@ def family_means(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     """Figures of each family, the plain mean over its languages, and their number."""
     means = {}
     for family, names in groupby(sorted(tasks), key=lambda task: task.split("_")[0]):
-        figures = [tasks[name] for name in names]
-        means[family] = {
-            key: fmean(found[key] for found in figures) for key in ("acc", "acc_bytes", "gold_bpb", "chance")
-        }
-        means[family]["languages"] = len(figures)
+        of_family = [tasks[name] for name in names]
+        means[family] = {key: fmean(task[key] for task in of_family) for key in MEANS} | {"languages": len(of_family)}
     return means

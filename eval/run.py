@@ -5,9 +5,9 @@ RUN/eval/CHECKPOINT.json and one line to the ledger, and prints. What has been e
 same command goes on after a kill.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 from data.heldout import ValidDocument
 from eval.results import IDENTITY, family_means, read_result, result_path, write_result
-from eval.suites import build_suite, read_index
+from eval.suites import build_suite
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger import host
 from ledger.progress import Progress
@@ -44,10 +44,11 @@ def evaluate(
     ranks = PartialState(cpu=cfg.cluster.device is Device.cpu, timeout=timedelta(seconds=cfg.engine.timeout_s))
     # Only rank 0 looks: were the others a moment late to see a file, they would wait for each other for ever.
     look = partial(_plan, cfg, run_dir, documents, corpus_hash) if ranks.is_main_process else lambda: None
-    suite_dir, to_do = _together(ranks, look)
+    suite_dir, tasks, hashes, to_do = _together(ranks, look)
+    ask = partial(_ask, cfg, suite_dir, tasks, tokenizer_dir)
     with Progress("evaluating", "checkpoints", len(to_do), shown=ranks.is_main_process) as progress:
         for checkpoint in to_do:
-            result = _evaluate_checkpoint(cfg, checkpoint, suite_dir, documents, tokenizer_dir, corpus_hash, ranks)
+            result = hashes | _figures(cfg, checkpoint, documents, ask, ranks)
             if ranks.is_main_process:
                 write_result(result_path(run_dir, checkpoint.name), result)
                 _record(run_dir, result)
@@ -62,23 +63,21 @@ def _together(ranks: PartialState, look: Callable[[], Any]) -> Any:
     try:
         found = look()
     except UserError as error:
-        mistake = (error.found, error.rule, error.repair)
+        mistake = error
     shares = gather_object([(found, mistake)])
     for _, told in shares:
         if told:
-            raise UserError(*told) if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
+            raise told if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
     return shares[0][0]
 
 
 def _plan(
     cfg: RunConfig, run_dir: Path, documents: Sequence[ValidDocument], corpus_hash: str
-) -> tuple[Path, list[Path]]:
-    """The suite's folder, and the checkpoints that have no result."""
+) -> tuple[Path, list[str], dict[str, str], list[Path]]:
+    """The suite's folder and tasks, the hashes of what is asked, and the checkpoints that have no result."""
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
-        raise UserError(
-            f"{run_dir} has no checkpoint", "checkpoints are what is evaluated", "run `marathon train` first"
-        )
+        raise UserError(f"{run_dir} has no checkpoint", "evaluation is of checkpoints", "run `marathon train` first")
     if not documents:
         raise UserError(
             f"corpus.holdout = {cfg.corpus.holdout} kept no document",
@@ -86,28 +85,24 @@ def _plan(
             "corpus.holdout.share=0.001, and prepare the corpus again",
         )
     suite_dir = build_suite(cfg.suite, {document.lang for document in documents}, run_dir / "eval")
-    suite_hash, to_do = read_index(suite_dir)["hash"], []
+    suite = json.loads((suite_dir / "suite.json").read_text(encoding="utf-8"))
+    hashes, to_do = {"suite_hash": suite["hash"], "corpus_hash": corpus_hash}, []
     for checkpoint in checkpoints:
-        identity = {"model_sha256": checkpoint_sha256(checkpoint), "suite_hash": suite_hash, "corpus_hash": corpus_hash}
-        if result := read_result(result_path(run_dir, checkpoint.name), **identity):
+        path = result_path(run_dir, checkpoint.name)
+        if result := read_result(path, model_sha256=checkpoint_sha256(checkpoint), **hashes):
             _record(run_dir, result)
         else:
             to_do.append(checkpoint)
     print(f"{len(to_do)} of {len(checkpoints)} checkpoints to evaluate", flush=True)
-    return suite_dir, to_do
+    return suite_dir, list(suite["tasks"]), hashes, to_do
 
 
-def _evaluate_checkpoint(
-    cfg: RunConfig,
-    checkpoint: Path,
-    suite_dir: Path,
-    documents: Sequence[ValidDocument],
-    tokenizer_dir: Path,
-    corpus_hash: str,
-    ranks: PartialState,
+def _figures(
+    cfg: RunConfig, checkpoint: Path, documents: Sequence[ValidDocument], ask: Callable[..., Any], ranks: PartialState
 ) -> dict[str, Any]:
-    start, index = time.monotonic(), read_index(suite_dir)
-    _together(ranks, lambda: verify_files(checkpoint, ranks.process_index, ranks.num_processes))
+    """What a checkpoint knows, by bits per byte and by what `ask` finds, and how it was measured."""
+    begin, rank, world_size = time.monotonic(), ranks.process_index, ranks.num_processes
+    _together(ranks, partial(verify_files, checkpoint, rank, world_size))
     decoder, model_sha256 = load_decoder(checkpoint, cfg)
     # In the format in which training computes, so that the last validation of training shows the same figures.
     decoder = decoder.to(ranks.device, torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32)
@@ -117,37 +112,32 @@ def _evaluate_checkpoint(
         seq_len=cfg.train.seq_len,
         batch_seqs=cfg.suite.batch_seqs,
         device=ranks.device,
-        rank=ranks.process_index,
-        world_size=ranks.num_processes,
+        rank=rank,
+        world_size=world_size,
     )
-    bpb = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
-    suite = _ask(decoder, cfg, suite_dir, index["tasks"], tokenizer_dir)
-    progress = read_manifest(checkpoint)["progress"]
+    by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
+    suite, progress, hardware = ask(decoder), read_manifest(checkpoint)["progress"], host.hardware()
     is_gpu = ranks.device.type == "cuda"
-    device = torch.cuda.get_device_name(ranks.device) if is_gpu else host.hardware()["processor"]
+    device = torch.cuda.get_device_name(ranks.device) if is_gpu else hardware["processor"]
     return {
         "checkpoint": checkpoint.name,
         "step": progress["step"],
         "tokens": progress["tokens"],
         "model_sha256": model_sha256,
-        "suite_hash": index["hash"],
-        "corpus_hash": corpus_hash,
-        "bpb": {lang: asdict(entry) for lang, entry in bpb.items()},
-        "bpb_mean": mean_bpb(bpb),
+        "bpb": {lang: entry._asdict() for lang, entry in by_lang.items()},
+        "bpb_mean": mean_bpb(by_lang),
         "window": cfg.train.seq_len,
         **suite,
         "families": family_means(suite["tasks"]),
         "software": host.software(),
-        "hardware": {**host.hardware(), "device": device},
+        "hardware": hardware | {"device": device},
         "precision": cfg.engine.precision.value,
-        "world_size": ranks.num_processes,
-        "wall_s": round(time.monotonic() - start, 3),
+        "world_size": world_size,
+        "wall_s": round(time.monotonic() - begin, 3),
     }
 
 
-def _ask(
-    decoder: Decoder, cfg: RunConfig, suite_dir: Path, tasks: dict[str, Any], tokenizer_dir: Path
-) -> dict[str, Any]:
+def _ask(cfg: RunConfig, suite_dir: Path, tasks: list[str], tokenizer_dir: Path, decoder: Decoder) -> dict[str, Any]:
     """The suite's figures. Without questions, neither transformers nor lm-eval is loaded, which takes each rank 4 s."""
     if not tasks:
         return {"tasks": {}, "prompt_sha256": ""}

@@ -10,13 +10,11 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from itertools import combinations, takewhile
+from collections.abc import Callable, Collection
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import babel
 from babel import Locale
@@ -28,25 +26,18 @@ from ledger.pages import render
 
 LANGUAGES = tuple("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv".split())  # noqa: SIM905
 
-# Portuguese of the EU is that of Portugal; CLDR means that of Brazil by plain `pt`.
-LOCALES = {"pt": "pt_PT"}
-
 # Fewer questions than this say nothing: the standard error of an accuracy is then above 15 points.
 MIN_ITEMS = 10
-
 # Two-letter codes of CLDR that are no countries or territories of ISO 3166, or stand for several.
 NO_TERRITORY = frozenset("AC CP CQ DG EA EU EZ IC QO TA UN XA XB ZZ".split())  # noqa: SIM905
 
-_TASK = Path(__file__).with_name("task.yaml.j2")
 
-
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A question: which of `choices` goes on from `query`? An empty query means the start of a document."""
 
     query: str
     choices: tuple[str, ...]
-    gold: int
+    gold: int = 0
 
 
 Group = tuple[Item, ...]
@@ -61,24 +52,21 @@ def agreement(lang: str) -> list[Group]:
     used. Hungarian has nothing to ask, since its nouns stay in the singular after numbers; Maltese has little,
     since few units are translated in CLDR.
     """
-    locale, english = _locale(lang), _locale("en")
+    locale, groups = _locale(lang), {}
     numbers: dict[str, list[int]] = {}
     for number in range(1, 200):
         numbers.setdefault(locale.plural_form(number), []).append(number)
-    groups = {}
-    for unit in sorted(_units(locale)):
-        forms = _forms(locale, unit)
+    english = _units(_locale("en"))
+    for unit, forms in sorted(_units(locale).items()):
         if lang != "en":
-            forms = _without_gaps(forms, _forms(english, unit).values())
+            forms = _without_gaps(forms, english.get(unit, {}).values())
         demanding: dict[str, list[int]] = {}
         for category in sorted(forms.keys() & numbers.keys()):
             demanding.setdefault(forms[category], []).extend(numbers[category])
         for pair in combinations(sorted(demanding), 2):
             rng = _rng(lang, *pair)
             groups[pair] = tuple(
-                _continuations(right.format(number), wrong.format(number))
-                for right, wrong in (pair, pair[::-1])
-                for number in [rng.choice(demanding[right])]
+                _item(right, wrong, rng.choice(demanding[right])) for right, wrong in (pair, pair[::-1])
             )
     return list(groups.values())
 
@@ -91,19 +79,16 @@ def countries(lang: str) -> list[Group]:
     the right one. Names that are alike in both languages are left out: copying would answer them.
     """
     source_lang = "fr" if lang == "en" else "en"
-    source, target = _territories(source_lang), _territories(lang)
+    source, target, labels = _territories(source_lang), _territories(lang), _locale(lang).languages
     names = sorted(set(target.values()), key=lambda name: (len(name.encode()), name))
-    labels = _locale(lang).languages
     groups: list[Group] = []
     for code in sorted(source.keys() & target.keys()):
         asked, right = source[code], target[code]
-        if asked.casefold() == right.casefold():
-            continue
-        place = names.index(right)
-        alike = [name for name in names[max(0, place - 10) : place + 11] if name not in (asked, right)]
-        choices = (right, *_rng(lang, code).sample(alike, 3))
-        query = f"{labels[source_lang]}: {asked}\n{labels[lang]}:"
-        groups.append((Item(query, tuple(f" {name}" for name in choices), gold=0),))
+        if asked.casefold() != right.casefold():
+            place = names.index(right)
+            alike = [name for name in names[max(0, place - 10) : place + 11] if name not in (asked, right)]
+            choices = tuple(f" {name}" for name in (right, *_rng(lang, code).sample(alike, 3)))
+            groups.append((Item(f"{labels[source_lang]}: {asked}\n{labels[lang]}:", choices),))
     return groups
 
 
@@ -112,79 +97,60 @@ FAMILIES: dict[str, Callable[[str], list[Group]]] = {"agreement": agreement, "co
 
 def require_families(suite: SuiteConfig) -> None:
     """Raises `UserError` for a family that is not in `FAMILIES`."""
-    for family in suite.tasks:
-        if family not in FAMILIES:
-            raise UserError(
-                f"suite.tasks has {family!r}", "families of tasks are in eval/suites.py", f"one of {sorted(FAMILIES)}"
-            )
+    for family in sorted(set(suite.tasks) - FAMILIES.keys()):
+        raise UserError(f"suite.tasks has {family!r}", "families are in eval/suites.py", f"one of {sorted(FAMILIES)}")
 
 
-def build_suite(suite: SuiteConfig, languages: Iterable[str], root: Path) -> Path:
+def build_suite(suite: SuiteConfig, languages: Collection[str], root: Path) -> Path:
     """Writes the suite under `root`, if it is not there yet, and returns its folder.
 
     Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
     not in `FAMILIES`, and for families that have nothing to ask. Without families, the suite is empty.
     """
     require_families(suite)
-    spoken = [lang for lang in LANGUAGES if lang in set(languages)]
+    spoken = [lang for lang in LANGUAGES if lang in languages]
     found = {f"{family}_{lang}": FAMILIES[family](lang) for family in suite.tasks for lang in spoken}
     sizes = {name: sum(map(len, groups)) for name, groups in found.items()}
-    kept = {
-        name: _shuffle_gold(name, _choose(groups, suite.max_items_per_language))
-        for name, groups in found.items()
-        if sizes[name] >= MIN_ITEMS
-    }
-    if suite.tasks and not kept:
-        raise UserError(
-            f"suite.tasks = {list(suite.tasks)} in {sorted(languages)}", "has no questions", f"languages of {LANGUAGES}"
-        )
+    if suite.tasks and max(sizes.values(), default=0) < MIN_ITEMS:
+        asked = f"suite.tasks = {list(suite.tasks)} in {sorted(languages)}"
+        raise UserError(asked, "has no questions", f"languages of {LANGUAGES}")
     files: dict[str, bytes] = {}
-    for name, items in kept.items():
-        files[f"{name}.jsonl"] = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items).encode()
-        files[f"{name}.yaml"] = render(_TASK, name=name).encode()
+    tasks, left_out, template = {}, {}, Path(__file__).with_name("task.yaml.j2")
+    for name, groups in found.items():
+        if sizes[name] < MIN_ITEMS:
+            left_out[name] = sizes[name]
+            continue
+        items = _drawn(name, groups, suite.max_items_per_language)
+        lines = [json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items]
+        files[f"{name}.jsonl"], files[f"{name}.yaml"] = "".join(lines).encode(), render(template, name=name).encode()
+        tasks[name] = {"items": len(items), "items_found": sizes[name], "chance": 1 / len(items[0].choices)}
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] + b"\0" for name in sorted(files))).hexdigest()
-    index = {
-        "hash": digest,
-        "origin": f"CLDR {get_cldr_version()} through babel {babel.__version__}",
-        "licence": "Unicode-3.0",
-        "tasks": {
-            name: {"items": len(items), "items_found": sizes[name], "chance": 1 / len(items[0].choices)}
-            for name, items in kept.items()
-        },
-        "left_out": {name: size for name, size in sizes.items() if name not in kept},
-    }
+    origin = f"CLDR {get_cldr_version()} through babel {babel.__version__}"
+    index = {"hash": digest, "origin": origin, "licence": "Unicode-3.0", "tasks": tasks, "left_out": left_out}
     files["suite.json"] = (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()
     files["LICENSE-CLDR.txt"] = (Path(babel.__file__).parent / "locale-data" / "LICENSE.unicode").read_bytes()
     return _write_folder(root / f"suite-{digest[:16]}", files)
 
 
-def read_index(suite_dir: Path) -> dict[str, Any]:
-    """What is in a suite: `hash`, `origin`, `licence`, `tasks` and those `left_out`."""
-    index: dict[str, Any] = json.loads((suite_dir / "suite.json").read_text(encoding="utf-8"))
-    return index
-
-
 def _locale(lang: str) -> Locale:
-    return Locale.parse(LOCALES.get(lang, lang))
+    # Portuguese of the EU is that of Portugal; CLDR means that of Brazil by plain `pt`.
+    return Locale.parse("pt_PT" if lang == "pt" else lang)
 
 
 def _rng(*key: str) -> random.Random:
     return random.Random("/".join(key))
 
 
-def _units(locale: Locale) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+def _units(locale: Locale) -> dict[str, dict[str, str]]:
+    """Patterns of each unit by plural category; where CLDR has no long ones, it means the short ones."""
+    units = {}
     # babel has no public way to the patterns of all plural forms, only to the right one.
-    return locale._data["unit_patterns"]
-
-
-def _forms(locale: Locale, unit: str) -> dict[str, str]:
-    """Patterns of a unit by plural category; where CLDR has no long ones, it means the short ones."""
-    lengths = _units(locale).get(unit, {})
-    for length in ("long", "short"):
-        forms = {category: _plain(form) for category, form in lengths.get(length, {}).items() if category != "per"}
-        if len(forms) > 1:
-            return {category: form for category, form in forms.items() if _is_spelled_out(form)}
-    return {}
+    for unit, lengths in locale._data["unit_patterns"].items():
+        for length in ("short", "long"):
+            forms = {category: _plain(form) for category, form in lengths.get(length, {}).items() if category != "per"}
+            if len(forms) > 1:
+                units[unit] = {category: form for category, form in forms.items() if _is_spelled_out(form)}
+    return units
 
 
 def _plain(text: str) -> str:
@@ -194,25 +160,23 @@ def _plain(text: str) -> str:
 
 def _is_spelled_out(form: str) -> bool:
     words = form.replace("{0}", " ").replace("-", " ").replace("’", "").replace("'", "").split()
-    letters = "".join(words)
     is_abbreviated = any(word.isupper() for word in words) or len(max(words, key=len, default="")) < 3
-    return form.count("{0}") == 1 and letters.isalpha() and not is_abbreviated
+    return form.count("{0}") == 1 and "".join(words).isalpha() and not is_abbreviated
 
 
-def _without_gaps(forms: dict[str, str], english: Iterable[str]) -> dict[str, str]:
+def _without_gaps(forms: dict[str, str], english: Collection[str]) -> dict[str, str]:
     """Without forms that stand for a missing translation: English ones, and short ones, beside native ones."""
     longest = max(map(len, forms.values()), default=0)
-    native = {
-        category: form for category, form in forms.items() if form not in set(english) and 2 * len(form) > longest
-    }
+    native = {category: form for category, form in forms.items() if form not in english and 2 * len(form) > longest}
     return native or forms
 
 
-def _continuations(right: str, wrong: str) -> Item:
-    """The words both share in front become the query, so that only what differs is scored."""
-    n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(right, wrong, strict=False)))
+def _item(right: str, wrong: str, number: int) -> Item:
+    """The words both forms share in front become the query, so that only what differs is scored."""
+    right, wrong = right.format(number), wrong.format(number)
+    n_alike = len(os.path.commonprefix((right, wrong)))  # noqa: RUF071 - characters are meant
     shared = max(right.rfind(" ", 0, n_alike), 0)
-    return Item(right[:shared], (right[shared:], wrong[shared:]), 0)
+    return Item(right[:shared], (right[shared:], wrong[shared:]))
 
 
 def _territories(lang: str) -> dict[str, str]:
@@ -224,40 +188,35 @@ def _territories(lang: str) -> dict[str, str]:
     }
 
 
-def _choose(groups: list[Group], max_items: int) -> list[Item]:
-    """Whole groups drawn with a fixed seed, in their order, up to `max_items` questions."""
-    drawn: list[int] = []
-    room = max_items
+def _drawn(name: str, groups: list[Group], max_items: int) -> list[Item]:
+    """Whole groups drawn with a fixed seed, in their order, up to `max_items` questions.
+
+    The right choice is at a place drawn anew for each question: were it always the first, ties would be rewarded.
+    """
+    places, room = [], max_items
     for place in _rng("choose").sample(range(len(groups)), len(groups)):
         if len(groups[place]) <= room:
-            drawn.append(place)
+            places.append(place)
             room -= len(groups[place])
-    return [item for place in sorted(drawn) for item in groups[place]]
-
-
-def _shuffle_gold(name: str, items: list[Item]) -> list[Item]:
-    """The right choice at a place drawn anew for each item: were it always the first, ties would be rewarded."""
-    rng = _rng("gold", name)
-    shuffled = []
-    for item in items:
-        order = rng.sample(range(len(item.choices)), len(item.choices))
-        shuffled.append(Item(item.query, tuple(item.choices[i] for i in order), order.index(item.gold)))
-    return shuffled
+    rng, items = _rng("gold", name), []
+    for query, choices, gold in (item for place in sorted(places) for item in groups[place]):
+        order = rng.sample(range(len(choices)), len(choices))
+        items.append(Item(query, tuple(choices[i] for i in order), order.index(gold)))
+    return items
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".suite-", dir=folder.parent))
-    beside.chmod(0o755)  # mkdtemp keeps a project's other members out
-    try:
-        for name, content in files.items():
-            (beside / name).write_bytes(content)
-        os.rename(beside, folder)
-    except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
-        # Another run may have been first; the name is the hash of the content, so theirs is ours.
-        if not folder.exists():
-            raise
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".suite-", dir=folder.parent) as beside:
+            written = Path(beside, folder.name)
+            written.mkdir()
+            for name, content in files.items():
+                (written / name).write_bytes(content)
+            try:
+                written.rename(folder)
+            except OSError:
+                # Another run may have been first; the name is the hash of the content, so theirs is ours.
+                if not folder.exists():
+                    raise
     return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ledger.record import gap
 
+ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = (
     "marathon-llm", "torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "accelerate",
     "lm_eval", "hydra-core", "numpy",
@@ -33,23 +34,19 @@ def version(name: str) -> str | None:
 @functools.cache
 def hardware() -> dict[str, str | int]:
     """Processor, cores usable by this process, and host name."""
-    return {
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "processor": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    machine, facts = platform.machine(), Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = re.search(r"^model name\s*: (.*)$", facts, re.MULTILINE)  # which ARM's do not tell
+    cores = len(os.sched_getaffinity(0))
+    return {"host": platform.node(), "machine": machine, "processor": model[1] if model else machine, "cores": cores}
 
 
 @functools.cache
 def commit() -> str:
     """Commit of Marathon's own code, with `+changed` where the work tree differs from it."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return gap("installed without a git work tree")
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+changed" if _git(root, "status", "--porcelain") else "")
+        return _git("rev-parse", "HEAD") + ("+changed" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError) as error:
         return gap(f"git does not answer: {error}")
 
@@ -60,15 +57,5 @@ def container() -> str:
     return next(filter(None, told), gap("no container announced itself"))
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError as error:
-        return gap(str(error))
-    return found[1] if found else platform.machine()
+def _git(*arguments: str) -> str:
+    return subprocess.check_output(["git", "-C", ROOT, *arguments], stderr=subprocess.DEVNULL, text=True).strip()

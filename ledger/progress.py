@@ -9,18 +9,13 @@ LINE_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts something up; a context manager.
+    """Counts something up: `what` it is for, in units told in the plural; a context manager.
 
-    Args:
-        what: Stands before the bar, and before the count in a plain line.
-        unit: What is counted, in the plural.
-        total: Where it ends, if that is known.
-        shown: False on ranks that have nothing to say.
+    `total` is where it ends, if that is known. A rank that has nothing to say is not `shown`.
     """
 
     def __init__(self, what: str, unit: str, total: int | None = None, *, done: int = 0, shown: bool = True) -> None:
-        self.what, self.unit, self.total, self.done = what, unit, total, done
-        self.shown = shown
+        self.what, self.unit, self.total, self.done, self.shown = what, unit, total, done, shown
         self._next_line_s = time.monotonic() + LINE_EVERY_S
         self._bar = _bar(unit) if shown and sys.stdout.isatty() else None
         if self._bar is not None:
@@ -32,8 +27,8 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
-        if kind is None and self.shown and self.total is None:
-            print(f"{self.what}: {self.done:,} {self.unit}", flush=True)
+        if kind is None and self.total is None:
+            self.say(f"{self.what}: {self.done:,} {self.unit}")
 
     def stop(self) -> None:
         """Takes the bar away; for those who cannot be a `with` block."""
@@ -45,10 +40,9 @@ class Progress:
         self.done += n
         if self._bar is not None:
             self._bar.advance(self._task, n)
-        elif self.shown and (now := time.monotonic()) >= self._next_line_s:
-            self._next_line_s = now + LINE_EVERY_S
+        elif time.monotonic() >= self._next_line_s:
             of = "" if self.total is None else f" of {self.total:,}"
-            print(f"{self.what}: {self.done:,}{of} {self.unit}", flush=True)
+            self.say(f"{self.what}: {self.done:,}{of} {self.unit}")
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -63,13 +57,6 @@ def _bar(unit: str) -> Any:
     """rich's bar; a rank behind a pipe never imports it."""
     from rich import progress as columns
 
-    return columns.Progress(
-        columns.TextColumn("{task.description}"),
-        columns.BarColumn(),
-        columns.MofNCompleteColumn(),
-        columns.TextColumn(unit),
-        columns.TimeElapsedColumn(),
-        columns.TextColumn("left"),
-        columns.TimeRemainingColumn(),
-        transient=True,
-    )
+    counts = ("{task.description}", columns.BarColumn(), columns.MofNCompleteColumn(), unit)
+    times = (columns.TimeElapsedColumn(), "left", columns.TimeRemainingColumn())
+    return columns.Progress(*counts, *times, transient=True)

@@ -49,10 +49,8 @@ class Ledger:
             os.fsync(file.fileno())
 
     def read(self, event: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yields records in order, those of one event or all."""
-        for record in json_lines(self.path):
-            if event is None or record["event"] == event:
-                yield record
+        """Records in order, those of one event or all."""
+        return (record for record in json_lines(self.path) if event is None or record["event"] == event)
 
     def last(self, event: str, **matching: Any) -> dict[str, Any] | None:
         """The newest record of an event whose facts equal `matching`, or None."""

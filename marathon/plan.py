@@ -8,8 +8,7 @@ from configs.schema import ModelConfig, RunConfig
 from data.manifest import TRAIN, Manifest
 from data.mixture import plan_phases, table
 from ledger.pages import render
-from model.decoder import padded_rows
-from model.flops import count_parameters, flops_per_token
+from model.decoder import count_parameters, flops_per_token, padded_rows
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 from train.schedule import step_shape
 

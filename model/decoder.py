@@ -1,5 +1,7 @@
 """The whole network, top to bottom: a decoder of the Llama family with QK-norm, exported as Qwen3ForCausalLM.
 
+Beneath it stand its first weights, its loss, and its size.
+
 Shape suffixes: B sequences, T positions, D width of the residual stream, N query heads, K key/value heads,
 H width of a head, F inner width of the MLP, V rows of the vocabulary.
 
@@ -7,11 +9,26 @@ What keeps the export exact: pre-norm, plain RMSNorm weights, rotate-half RoPE o
 each head of queries and keys before RoPE, no biases, no multipliers, no soft-caps.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+
+IGNORED = -100
+"""Label of a position that is not to be predicted."""
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, as allocated: `init_weights` or a checkpoint fills it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own values would be drawn and thrown away; on the meta device they import its compiler."""
 
 
 class RMSNorm(nn.Module):
@@ -43,22 +60,16 @@ def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return turned.to(x_BNTH.dtype)
 
 
-def document_mask(doc_BT: Tensor) -> Tensor:
-    """Who may look at whom: bool [B, 1, T, T], true for earlier positions of the same document."""
-    same_BTT = doc_BT[:, :, None] == doc_BT[:, None, :]
-    return same_BTT.tril()[:, None]
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries and normed queries and keys."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=False)
+        self.q_proj = Linear(cfg.d_model, cfg.n_head * cfg.head_dim)
+        self.k_proj = Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim)
+        self.v_proj = Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim)
+        self.o_proj = Linear(cfg.n_head * cfg.head_dim, cfg.d_model)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
@@ -83,9 +94,9 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.gate_proj = Linear(cfg.d_model, cfg.d_ff)
+        self.up_proj = Linear(cfg.d_model, cfg.d_ff)
+        self.down_proj = Linear(cfg.d_ff, cfg.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
@@ -111,20 +122,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to logits.
-
-    Args:
-        cfg: Dimensions.
-        vocab_rows: Rows of the embedding: the vocabulary, padded (`padded_rows`).
-    """
+    """Tokens to logits; the `vocab_rows` of the embedding are the vocabulary, padded (`padded_rows`)."""
 
     def __init__(self, cfg: ModelConfig, vocab_rows: int) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embedding = nn.Embedding(vocab_rows, cfg.d_model)
+        self.embedding = nn.Embedding(vocab_rows, cfg.d_model, _weight=torch.empty(vocab_rows, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.output = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, vocab_rows, bias=False)
+        self.output = None if cfg.tie_embeddings else Linear(cfg.d_model, vocab_rows)
 
     @property
     def output_weight(self) -> Tensor:
@@ -132,17 +138,10 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def hidden(self, tokens_BT: Tensor, doc_BT: Tensor | None = None) -> Tensor:
-        """Last hidden states [B, T, D], normed.
-
-        Args:
-            tokens_BT: Token ids.
-            doc_BT: Number of the document each token belongs to; attention stays inside a document.
-                None: each sequence is one document.
-        """
-        cos_TH, sin_TH = rotary_tables(
-            tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, device=tokens_BT.device
-        )
-        mask = None if doc_BT is None else document_mask(doc_BT)
+        """Last hidden states [B, T, D], normed; attention stays inside the documents that `doc_BT` numbers."""
+        cos_TH, sin_TH = rotary_tables(tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, tokens_BT.device)
+        # Who may look at whom: bool [B, 1, T, T], true for earlier positions of the same document.
+        mask = None if doc_BT is None else (doc_BT[:, :, None] == doc_BT[:, None, :]).tril()[:, None]
         x_BTD = self.embedding(tokens_BT)
         cos_TH, sin_TH = cos_TH.to(x_BTD.dtype), sin_TH.to(x_BTD.dtype)
         for block in self.blocks:
@@ -162,6 +161,65 @@ class Decoder(nn.Module):
         return tokens_T
 
 
+@torch.no_grad()
+def init_weights(decoder: Decoder, seed: int) -> None:
+    """Fills every parameter, always alike for a seed.
+
+    Normal with `init_std`, cut at three deviations; layers that write to the residual stream are divided by
+    sqrt(2 n_layer), so that its variance does not grow with depth (GPT-2, section 2.3). A parameter that no
+    rule names is an error: values left from allocation would train, silently and badly.
+    """
+    generator, std = torch.Generator().manual_seed(seed), decoder.cfg.init_std
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith(("_proj.weight", "embedding.weight", "output.weight")):
+            to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            deviation = std / math.sqrt(2 * decoder.cfg.n_layer) if to_residual else std
+            # Drawn in fp32 on the CPU, whatever the parameter is: the same model on every device and precision.
+            values = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+            parameter.copy_(values.clamp_(-3 * deviation, 3 * deviation))
+        else:
+            raise AssertionError(f"no rule initialises {name}")
+
+
+def next_token_labels(tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
+    """Labels [B, T] for inputs `tokens[:, :-1]`: the next token, or `IGNORED` where a new document begins.
+
+    What follows the end of a document is another document, which nothing before it can tell.
+    """
+    return tokens_BT1[:, 1:].masked_fill(doc_BT1[:, 1:] != doc_BT1[:, :-1], IGNORED)
+
+
+def summed_cross_entropy(hidden_BTD: Tensor, output_weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Negative log-likelihood in nats, summed over the positions that have a label; a scalar in fp32."""
+    logits_PV = F.linear(hidden_BTD.flatten(0, 1), output_weight_VD).float()
+    return F.cross_entropy(logits_PV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def padded_rows(vocab_size: int) -> int:
     """Rows of the embedding: a multiple of 128, which matrix units like and tensor parallelism can split."""
     return -(-vocab_size // 128) * 128
+
+
+def count_parameters(cfg: ModelConfig, vocab_rows: int) -> int:
+    """All parameters; an embedding matrix that serves twice is counted once."""
+    norms = cfg.n_layer * 2 * (cfg.head_dim + cfg.d_model) + cfg.d_model
+    return _in_matrices(cfg) + norms + vocab_rows * cfg.d_model * (1 if cfg.tie_embeddings else 2)
+
+
+def flops_per_token(cfg: ModelConfig, vocab_rows: int, seq_len: int) -> float:
+    """Operations of forward and backward for one trained token; recomputation is not counted.
+
+    6 for each parameter that multiplies (2 forward, 4 backward; the input embedding is a look-up, the output matrix
+    multiplies even where it is tied), and 6 n_layer n_head head_dim seq_len for attention: two products of 2 operations
+    a position, 3 passes, over the half of the positions that a causal mask leaves. Document masks leave fewer; they are
+    not deducted. This is Chowdhery et al. 2022 (PaLM), appendix B, with the causal half.
+    """
+    attention = 6 * cfg.n_layer * cfg.n_head * cfg.head_dim * seq_len
+    return 6.0 * (_in_matrices(cfg) + vocab_rows * cfg.d_model) + attention
+
+
+def _in_matrices(cfg: ModelConfig) -> int:
+    """Parameters in the matrices of all blocks."""
+    return cfg.n_layer * cfg.d_model * (2 * cfg.head_dim * (cfg.n_head + cfg.n_kv_head) + 3 * cfg.d_ff)

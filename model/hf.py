@@ -1,35 +1,26 @@
-"""To and from Hugging Face: our state dict and config as those of `Qwen3ForCausalLM`."""
+"""To Hugging Face: our state dict and config as those of `Qwen3ForCausalLM`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from configs.schema import ModelConfig
 from model.decoder import Decoder
 
-if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
-
-OUR_TO_THEIR_BLOCK = {
+THEIR_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks": "model.layers",
     "attention_norm": "input_layernorm",
     "attention": "self_attn",
     "mlp_norm": "post_attention_layernorm",
-    "mlp": "mlp",
+    "final_norm": "model.norm",
+    "output": "lm_head",
 }
+"""What parts of the decoder are called in `Qwen3ForCausalLM`; the others bear the same name there."""
 
 
 def to_their_name(name: str) -> str:
     """Name of a parameter in `Qwen3ForCausalLM`."""
-    match name.split("."):
-        case ["embedding", "weight"]:
-            return "model.embed_tokens.weight"
-        case ["final_norm", "weight"]:
-            return "model.norm.weight"
-        case ["output", "weight"]:
-            return "lm_head.weight"
-        case ["blocks", layer, part, *rest]:
-            return ".".join(["model.layers", layer, OUR_TO_THEIR_BLOCK[part], *rest])
-    raise ValueError(f"no parameter of the decoder is named {name!r}")
+    return ".".join(THEIR_NAMES.get(part, part) for part in name.split("."))
 
 
 def to_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,24 +28,20 @@ def to_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {to_their_name(name): tensor for name, tensor in state.items()}
 
 
-def to_our_state(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
-    """Their state dict under our names, for loading into `decoder`; a tied `lm_head` is left out."""
-    return {name: state[to_their_name(name)] for name in decoder.state_dict()}
-
-
 def to_their_config(
-    cfg: ModelConfig, *, vocab_rows: int, seq_len: int, bos_id: int, eos_id: int, pad_id: int, dtype: str
+    decoder: Decoder, *, seq_len: int, bos_id: int = 1, eos_id: int = 2, pad_id: int = 3
 ) -> dict[str, Any]:
-    """The content of `config.json`.
+    """The content of `config.json`, with the keys of both generations.
 
-    Both generations of keys are written. transformers 4 reads `rope_theta` and `torch_dtype`, and falls back
-    to a RoPE base of 10,000 without a word where only `rope_parameters` is there; transformers 5 reads the
-    new keys.
+    transformers 4 reads `rope_theta` and `torch_dtype`, and falls back to a RoPE base of 10,000 without a word where
+    only `rope_parameters` is there; transformers 5 reads the new keys.
     """
+    cfg, weight = decoder.cfg, decoder.embedding.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": vocab_rows,
+        "vocab_size": len(weight),
         "hidden_size": cfg.d_model,
         "intermediate_size": cfg.d_ff,
         "num_hidden_layers": cfg.n_layer,
@@ -83,24 +70,12 @@ def to_their_config(
     }
 
 
-def to_transformers(
-    decoder: Decoder, *, seq_len: int, bos_id: int = 1, eos_id: int = 2, pad_id: int = 3
-) -> "Qwen3ForCausalLM":
-    """The decoder as a `Qwen3ForCausalLM` in evaluation mode, in its own dtype, on its own device."""
+def to_transformers(decoder: Decoder, *, seq_len: int, **ids: int) -> Any:
+    """The decoder as a `Qwen3ForCausalLM` in evaluation mode, of its dtype and on its device; `ids` as above."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    weight = decoder.embedding.weight
-    theirs = to_their_config(
-        decoder.cfg,
-        vocab_rows=weight.shape[0],
-        seq_len=seq_len,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        dtype=str(weight.dtype).removeprefix("torch."),
-    )
+    weight, state = decoder.embedding.weight, to_their_state(decoder.state_dict())
+    config = Qwen3Config(**to_their_config(decoder, seq_len=seq_len, **ids))
     # from_pretrained fills what it is given and initialises nothing twice; buffers such as RoPE's come out right.
-    model = Qwen3ForCausalLM.from_pretrained(
-        None, config=Qwen3Config(**theirs), state_dict=to_their_state(decoder.state_dict()), dtype=weight.dtype
-    )
+    model = Qwen3ForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=weight.dtype)
     return model.to(weight.device).eval()

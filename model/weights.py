@@ -10,12 +10,11 @@ A fragment is a range of a flattened parameter, addressed by the parameter's nam
 depend on how many ranks wrote them, reading does not. Nothing here can hold code: JSON and safetensors.
 """
 
+import functools
 import hashlib
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,11 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import RunConfig
 from model.decoder import Decoder
-from model.init import left_empty
 
 PREFIX = "step-"
 MANIFEST, MANIFEST_SHA256 = "manifest.json", "manifest.sha256"
-MASTER = "master"
-"""Kind of the fragments that hold the weights in fp32."""
-RANDOM = "random"
-"""Kind of the tensors that hold states of random generators."""
+MASTER, RANDOM = "master", "random"
+"""Kinds of tensors: fragments of the weights in fp32, and states of random generators."""
 
 
 def rank_file(rank: int) -> str:
@@ -48,24 +44,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        UserError: it is missing, or not what was written.
-    """
-    path, path_sha256 = checkpoint / MANIFEST, checkpoint / MANIFEST_SHA256
-    with _readable(path):
-        content = path.read_bytes()
-    with _readable(path_sha256):
-        expected = path_sha256.read_bytes()
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-        is_sound = manifest_sha256(content) == expected
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_sound = False
-    if not is_sound:
-        raise damaged(path, f"is not what {MANIFEST_SHA256} says")
-    return manifest
+    """The manifest of a checkpoint; raises `UserError` where it is missing, or not what was written."""
+    content: bytes = _read(checkpoint / MANIFEST, Path.read_bytes)
+    expected = _read(checkpoint / MANIFEST_SHA256, Path.read_bytes)
+    with suppress(ValueError, KeyError, TypeError, AttributeError):  # of what is no manifest at all
+        if manifest_sha256(content) == expected:
+            manifest: dict[str, Any] = json.loads(content)
+            return manifest
+    raise _damaged(checkpoint / MANIFEST, f"is not what {MANIFEST_SHA256} says")
 
 
 def manifest_sha256(content: bytes) -> bytes:
@@ -77,21 +63,16 @@ def manifest_sha256(content: bytes) -> bytes:
 
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Hash of the manifest, and through it of every file."""
-    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    return file_sha256(checkpoint / MANIFEST)
 
 
 def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
-    """Raises `UserError` naming the first file that is missing or not what the manifest says.
-
-    With `parts`, the files are shared out and only those of one `part` are read.
-    """
+    """Raises `UserError` for the first file, of one `part` of them, that is missing or not what the manifest says."""
     files = read_manifest(checkpoint)["files"]
     for name in sorted(files)[part::parts]:
-        path, expected = checkpoint / name, files[name]["sha256"]
-        with _readable(path):
-            found = file_sha256(path)
+        expected, found = files[name]["sha256"], _read(checkpoint / name, file_sha256)
         if found != expected:
-            raise damaged(path, f"has sha256 {found[:16]}…, the manifest says {expected[:16]}…")
+            raise _damaged(checkpoint / name, f"has sha256 {found[:16]}…, the manifest says {expected[:16]}…")
 
 
 def file_sha256(path: Path) -> str:
@@ -100,89 +81,62 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Where elements [start, start + numel) of a flattened parameter stand."""
-
-    start: int
-    numel: int
-    file: str
-
-
 class FragmentReader:
     """Reads any range of any parameter from a checkpoint, whoever wrote it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.fragments: dict[str, list[Fragment]] = {}
-        self.files = read_manifest(checkpoint)["files"]
+        self.checkpoint, self.files = checkpoint, read_manifest(checkpoint)["files"]
+        self._fragments: dict[str, list[tuple[str, int, int]]] = {}
         for file, entry in self.files.items():
             for name, start, numel in entry["fragments"]:
-                self.fragments.setdefault(name, []).append(Fragment(start, numel, file))
-        self._open: dict[str, Any] = {}
+                self._fragments.setdefault(name, []).append((file, start, start + numel))
+        self._file: Callable[[str], Any] = functools.cache(lambda name: safe_open(checkpoint / name, framework="pt"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of parameter `name`, fp32, on the CPU.
-
-        Raises:
-            UserError: the checkpoint does not hold all of them.
-        """
-        out = torch.empty(numel, dtype=torch.float32)
-        n_filled = 0
-        for fragment in self.fragments.get(name, []):
-            first = max(start, fragment.start)
-            last = min(start + numel, fragment.start + fragment.numel)
+        """Elements [start, start + numel) of parameter `name`, fp32, on the CPU; `UserError` where some are missing."""
+        out, n_filled = torch.empty(numel, dtype=torch.float32), 0
+        for file, begin, end in self._fragments.get(name, []):
+            first, last = max(start, begin), min(start + numel, end)
             if first < last:
-                stored = self._file(fragment.file).get_slice(f"{kind}/{name}/{fragment.start}")
-                out[first - start : last - start] = stored[first - fragment.start : last - fragment.start]
+                stored = self._file(file).get_slice(f"{kind}/{name}/{begin}")
+                out[first - start : last - start] = stored[first - begin : last - begin]
                 n_filled += last - first
         if n_filled != numel:
-            raise damaged(self.checkpoint, f"holds {n_filled} of {numel} elements asked for of {kind} {name}")
+            raise _damaged(self.checkpoint, f"holds {n_filled} of {numel} elements asked for of {kind} {name}")
         return out
 
     def read_into(self, decoder: Decoder) -> None:
         """Fills every parameter of a decoder, rounded to its dtype."""
         for name, parameter in decoder.named_parameters():
-            flat = self.read(MASTER, name, 0, math.prod(parameter.shape))
-            parameter.data.copy_(flat.view(parameter.shape))
+            parameter.data.copy_(self.read(MASTER, name, 0, parameter.numel()).view(parameter.shape))
 
     def random_states(self, rank: int) -> dict[str, Tensor]:
         """State of each random generator of a rank, by device; none where fewer ranks wrote the checkpoint."""
-        name = rank_file(rank)
-        if name not in self.files:
+        if rank_file(rank) not in self.files:
             return {}
-        stored = self._file(name)
-        keys = [key for key in stored.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118
-        return {key.removeprefix(f"{RANDOM}/"): stored.get_tensor(key) for key in keys}
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.checkpoint / name, framework="pt")
-        return self._open[name]
+        stored, prefix = self._file(rank_file(rank)), f"{RANDOM}/"
+        keys = [key for key in stored.keys() if key.startswith(prefix)]  # noqa: SIM118
+        return {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
 
 
 def load_decoder(checkpoint: Path, cfg: RunConfig) -> tuple[Decoder, str]:
     """The network of a checkpoint in fp32 on the CPU, in evaluation mode, and the checkpoint's sha256."""
-    vocab_rows = read_manifest(checkpoint)["vocab_rows"]
-    with left_empty():
-        decoder = Decoder(cfg.model, vocab_rows)
+    decoder = Decoder(cfg.model, read_manifest(checkpoint)["vocab_rows"])
     FragmentReader(checkpoint).read_into(decoder)
     return decoder.eval(), checkpoint_sha256(checkpoint)
 
 
-def damaged(path: Path, what: str) -> UserError:
-    """What is said of a checkpoint that is not whole."""
+def _read(path: Path, content_of: Callable[[Path], Any]) -> Any:
+    """A disk that fails is one more way of not being whole: there may be a checkpoint before it."""
+    try:
+        return content_of(path)
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+
+
+def _damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"{path} {what}",
         "a checkpoint is used only whole and unchanged",
         "remove this checkpoint's folder; the run goes on from the one before it",
     )
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """A disk that fails is one more way of not being whole: there may be a checkpoint before it."""
-    try:
-        yield
-    except OSError as error:
-        raise damaged(path, f"cannot be read ({error.strerror})") from None

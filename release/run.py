@@ -4,19 +4,25 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from sentencepiece import SentencePieceProcessor
 
 from configs.enums import Precision
 from configs.schema import RunConfig
 from data.heldout import ValidDocuments
+from data.manifest import Manifest
+from eval.results import read_results
+from ledger.pages import render
 from ledger.record import Ledger
+from model.decoder import Decoder
+from model.hf import to_their_config, to_their_state
 from model.weights import file_sha256, list_checkpoints, load_decoder, verify_files
-from release.card import write_card
-from release.export import export_folder
 from release.verify import expect, verify_in_fresh_process
 
 PROMPTS_PER_LANGUAGE = 2
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
@@ -27,17 +33,16 @@ def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
     beside = run_dir / ".release-in-progress"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
+    if cfg.engine.precision is Precision.bf16:
+        decoder.bfloat16()  # as the run computed; rounded once, from the master weights
     export_folder(decoder, cfg, corpus_dir, beside)
     write_card(cfg, run_dir, checkpoint_sha256, beside)
     with tempfile.TemporaryDirectory() as expected:
-        if cfg.engine.precision is Precision.bf16:
-            decoder.bfloat16().float()  # rounded as the export is, in fp32
-        expect(decoder, _prompts(corpus_dir), cfg.train.seq_len, Path(expected))
+        expect(decoder.float(), _prompts(corpus_dir), cfg.train.seq_len, Path(expected))
         figures = verify_in_fresh_process(beside, Path(expected))
-    (beside / "verified.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_json(beside / "verified.json", figures)
     sums = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
-    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
-    (beside / "SHA256SUMS").write_text(lines, encoding="utf-8")
+    (beside / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
     final = run_dir / "release"
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
@@ -50,6 +55,36 @@ def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
         f"logits within {figures['max_logit_difference']:.1e}",
         flush=True,
     )
+
+
+def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Path) -> None:
+    """Fills an empty folder with weights, in the decoder's dtype, configs and tokenizer.
+
+    It is what transformers, vLLM, SGLang and llama.cpp's converter read. config.json is written by us and not by
+    `save_pretrained`, which leaves out what transformers 4 reads.
+    """
+    tokenizer = Manifest.load(corpus_dir).tokenizer
+    save_torch_state_dict(to_their_state(decoder.state_dict()), folder, max_shard_size="5GB", metadata={"format": "pt"})
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    _write_json(folder / "config.json", to_their_config(decoder, seq_len=cfg.train.seq_len, **ids))
+    # Written out, since what transformers derives by itself is marked as such and then changes with its version.
+    generation = {name.replace("_", "_token_"): id_ for name, id_ in ids.items()} | {"do_sample": False}
+    _write_json(folder / "generation_config.json", generation)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(corpus_dir / "tokenizer" / name, folder / name)
+
+
+def write_card(cfg: RunConfig, run_dir: Path, checkpoint_sha256: str, folder: Path) -> None:
+    """Writes README.md with its YAML head: a rendering of ledger and evaluations, whose words are in card.md.j2."""
+    facts = {event: Ledger(run_dir).last(event) for event in ("corpus", "train_start", "train_end", "checkpoint")}
+    evaluation = next(reversed(read_results(run_dir)), None)
+    template = Path(__file__).with_name("card.md.j2")
+    page = render(template, cfg=cfg, checkpoint_sha256=checkpoint_sha256, evaluation=evaluation, **facts)
+    (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _prompts(corpus_dir: Path) -> list[tuple[str, list[int]]]:

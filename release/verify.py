@@ -25,15 +25,10 @@ PROMPT_TOKENS, GREEDY_FROM_TOKENS, GREEDY_TOKENS = 256, 32, 16
 
 
 def expect(decoder: Decoder, prompts: Sequence[tuple[str, list[int]]], seq_len: int, folder: Path) -> None:
-    """Writes texts, ids, logits and greedy continuations of our own decoder.
+    """Writes ids, logits and greedy continuations of `prompts`, texts with their ids, bos included, by our own decoder.
 
-    One more prompt fills the whole context with all texts in a row: errors of RoPE grow with the position.
-
-    Args:
-        decoder: In fp32, with the weights as exported.
-        prompts: Texts with their ids, bos included.
-        seq_len: Context length of the model.
-        folder: Empty.
+    The decoder is in fp32, with the weights as exported. One more prompt fills the whole context, `seq_len`, with all
+    texts in a row: errors of RoPE grow with the position.
     """
     tensors, told = {}, []
     for i, (text, ids) in enumerate(prompts):
@@ -47,11 +42,7 @@ def expect(decoder: Decoder, prompts: Sequence[tuple[str, list[int]]], seq_len: 
 
 
 def verify(folder: Path, expected: Path) -> dict[str, Any]:
-    """Loads the folder with transformers and compares; returns the figures.
-
-    Raises:
-        AssertionError: says what differs and where.
-    """
+    """Loads the folder with transformers and returns the figures; an `AssertionError` says what differs and where."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from configs.enums import Precision
 from configs.errors import UserError
 from configs.schema import EngineConfig, OptimConfig, RunConfig
-from model.decoder import Decoder
-from model.loss import IGNORED, next_token_labels, summed_cross_entropy
+from model.decoder import IGNORED, Decoder, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, FragmentReader
 from train.dist import Rank
 from train.schedule import step_shape

@@ -13,9 +13,7 @@ from data.manifest import TRAIN, Manifest
 from data.mixture import plan_phases
 from data.order import unskipped
 from ledger.record import Ledger
-from model.decoder import Decoder, padded_rows
-from model.flops import flops_per_token
-from model.init import init_weights, left_empty
+from model.decoder import Decoder, flops_per_token, init_weights, padded_rows
 from model.weights import read_manifest
 from train.checkpoint import Saver, newest_usable, remove_unfinished, require_identity
 from train.dist import Rank
@@ -62,8 +60,7 @@ class Job:
             seq_len=cfg.train.seq_len,
         )
 
-        with left_empty():
-            decoder = Decoder(cfg.model, self.vocab_rows)
+        decoder = Decoder(cfg.model, self.vocab_rows)
         if self.resume_from is None:
             init_weights(decoder, cfg.seed)
         self.engine = Engine(decoder, cfg, rank)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import RunConfig, TrainConfig
-from model.decoder import padded_rows
-from model.flops import count_parameters
+from model.decoder import count_parameters, padded_rows
 from model.weights import PREFIX, list_checkpoints
 
 

@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from data.mixture import language_rows, table
 from ledger import host
 from ledger.record import gap
-from model.flops import count_parameters
+from model.decoder import count_parameters
 from model.weights import list_checkpoints
 from train.checkpoint import restore, seed_random
 from train.dist import join, leave

@@ -16,10 +16,7 @@ from configs.enums import Precision
 from configs.errors import UserError
 from configs.schema import RunConfig
 from ledger.record import Ledger, gap
-from model.decoder import Decoder
-from model.flops import count_parameters
-from model.init import left_empty
-from model.loss import next_token_labels, summed_cross_entropy
+from model.decoder import Decoder, count_parameters, next_token_labels, summed_cross_entropy
 from model.weights import FragmentReader
 from train import checkpoint
 from train.dist import Rank
@@ -121,8 +118,7 @@ def _reference(
     cfg: RunConfig, vocab_rows: int, reader: FragmentReader, batches: list[tuple[Tensor, Tensor]], shares: list[float]
 ) -> list[Tensor]:
     """Gradients by the plainest way there is: one process, fp32, on the host, this file and autograd."""
-    with left_empty():
-        decoder = Decoder(cfg.model, vocab_rows)
+    decoder = Decoder(cfg.model, vocab_rows)
     reader.read_into(decoder)
     for (tokens_BT1, doc_BT1), share in zip(batches, shares, strict=True):
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)

@@ -14,7 +14,7 @@ from data.loader import Batch, DocumentName, Samples, batches
 from data.manifest import TRAIN, Manifest
 from data.order import CYCLE, OrderHash, Phase, unskipped
 from data.shards import Shard, read_sidecar
-from model.loss import IGNORED, next_token_labels
+from model.decoder import IGNORED, next_token_labels
 from tests.data.corpora import BOS, EOS, Ids, write_corpus
 
 SEQ_LEN, SEQS_PER_STEP = 64, 24

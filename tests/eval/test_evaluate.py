@@ -14,8 +14,7 @@ from configs.schema import ModelConfig, RunConfig
 from eval.results import read_result, read_results, result_path, write_result
 from eval.run import evaluate
 from ledger.record import Ledger
-from model.decoder import Decoder
-from model.init import init_weights
+from model.decoder import Decoder, init_weights
 from model.weights import manifest_sha256
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from configs.schema import ModelConfig
 from eval.validation import DocumentScore, bits_per_byte, mean_bpb, score_documents
-from model.decoder import Decoder
-from model.init import init_weights
+from model.decoder import Decoder, init_weights
 
 
 @pytest.fixture

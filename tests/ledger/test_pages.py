@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from ledger.numerals import change, count, fixed, moment, percent, short
-from ledger.pages import render
+from ledger.pages import change, count, fixed, moment, percent, render, short
 
 
 def test_numbers_read_as_people_write_them() -> None:

@@ -80,8 +80,7 @@ def test_the_release_loads_generates_and_gives_our_logits(finished):
 
 def test_a_release_that_differs_is_not_released(finished, tmp_path):
     """The fresh process notices a weight that has changed and a tokenizer that is another."""
-    from release.export import export_folder
-    from release.run import _prompts
+    from release.run import _prompts, export_folder
     from release.verify import expect, verify_in_fresh_process
 
     run_dir, _ = finished

@@ -7,11 +7,17 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from configs.compose import GROUPS, compose
-from model.decoder import Decoder, padded_rows
-from model.flops import count_parameters, flops_per_token
-from model.hf import to_our_state, to_their_config, to_transformers
-from model.init import init_weights
-from model.loss import IGNORED, next_token_labels, summed_cross_entropy
+from model.decoder import (
+    IGNORED,
+    Decoder,
+    count_parameters,
+    flops_per_token,
+    init_weights,
+    next_token_labels,
+    padded_rows,
+    summed_cross_entropy,
+)
+from model.hf import to_their_config, to_their_name, to_transformers
 
 ROWS = 256
 
@@ -40,11 +46,10 @@ def test_logits_equal_transformers(tiny_model, tied, n_kv_head):
 @pytest.mark.parametrize("tied", [True, False])
 def test_their_weights_load_into_ours(tiny_model, tied):
     cfg = replace(tiny_model, tie_embeddings=tied)
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(**to_their_config(cfg, vocab_rows=ROWS, seq_len=64, bos_id=1, eos_id=2, pad_id=3, dtype="float32"))
-    ).eval()
     decoder = Decoder(cfg, ROWS).eval()
-    decoder.load_state_dict(to_our_state(theirs.state_dict(), decoder))
+    theirs = Qwen3ForCausalLM(Qwen3Config(**to_their_config(decoder, seq_len=64))).eval()
+    state = theirs.state_dict()
+    decoder.load_state_dict({name: state[to_their_name(name)] for name in decoder.state_dict()})
     tokens = torch.randint(ROWS, (2, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert (decoder(tokens) - theirs(tokens).logits).abs().max() <= 1e-4

@@ -9,9 +9,7 @@ import torch
 
 from configs.compose import compose
 from configs.enums import Precision
-from model.decoder import Decoder
-from model.init import init_weights
-from model.loss import next_token_labels, summed_cross_entropy
+from model.decoder import Decoder, init_weights, next_token_labels, summed_cross_entropy
 from model.weights import load_decoder, read_manifest
 from tests.train.ranks import run_ranks
 
