@@ -5,7 +5,6 @@ Nothing in it depends on where the corpus stands or when it was made.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +143,17 @@ class Manifest:
         """Languages that have documents in a split, sorted."""
         return sorted({s.language for s in self.shards if s.split == split})
 
-    def tokens_by_part(self, split: str) -> dict[tuple[str, str], int]:
-        """Tokens of a split by language and source, sorted."""
-        total: Counter[tuple[str, str]] = Counter()
+    def parts(self, split: str) -> dict[tuple[str, str], list[ShardEntry]]:
+        """Shards of a split by language and source, sorted."""
+        found: dict[tuple[str, str], list[ShardEntry]] = {}
         for shard in self.shards:
             if shard.split == split:
-                total[shard.language, shard.source] += shard.n_tokens
-        return dict(sorted(total.items()))
+                found.setdefault((shard.language, shard.source), []).append(shard)
+        return dict(sorted(found.items()))
+
+    def tokens_by_part(self, split: str) -> dict[tuple[str, str], int]:
+        """Tokens of a split by language and source, sorted."""
+        return {part: sum(s.n_tokens for s in shards) for part, shards in self.parts(split).items()}
 
 
 def marks(corpus_dir: Path) -> dict[str, list[int]]:
