@@ -107,9 +107,7 @@ class Manifest:
     def hashes(self) -> dict[str, str]:
         """sha256 of each file of the tokenizer and the shards, by its name below the corpus."""
         hashes = {f"tokenizer/{name}": known for name, known in self.tokenizer.sha256.items()}
-        for shard in self.shards:
-            hashes |= {shard.stem + suffix: known for suffix, known in shard.sha256.items()}
-        return hashes
+        return hashes | {s.stem + suffix: known for s in self.shards for suffix, known in s.sha256.items()}
 
     def facts(self) -> dict[str, Any]:
         """What the ledger says of the corpus. Counts are those of the training split unless they say otherwise."""
