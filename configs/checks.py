@@ -61,7 +61,7 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
         found = "engine.precision = fp32 with engine.comm_precision = bf16"
         rule = "gradients must not be rounded below the precision of the weights"
         yield UserError(found, rule, "engine.comm_precision=fp32")
-    if cfg.cluster.device is not Device.cpu and cfg.cluster.peak_tflops <= 0:
+    if cfg.cluster.device is not Device.cpu and not cfg.cluster.peak_tflops > 0:
         yield UserError(
             f"cluster.peak_tflops = {cfg.cluster.peak_tflops} on {cfg.cluster.device.value}",
             "MFU on an accelerator is stated against the vendor's peak, not against a measurement",
