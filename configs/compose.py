@@ -164,12 +164,13 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         group, name = option.groups()
         return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", _one_of(group))
     if option := re.search(r"Could not override '([^']+)'|Key '([^']+)' not in '([^']+)'", text):
-        name, section = option[1] or option[2], option[3] or "RunConfig"
+        name, section = option[1] or option[2], option[3]
+        rule = "every setting is a field of configs/schema.py"
+        if section:
+            rule = f"{section} in configs/schema.py has no such field"
         close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
         repair = f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
-        return UserError(
-            f"unknown setting {name!r} in: {given}", f"{section} in configs/schema.py has no such field", repair
-        )
+        return UserError(f"unknown setting {name!r} in: {given}", rule, repair)
     first, *rest = [line.strip() for line in str(root).strip().splitlines()] or [type(error).__name__]
     where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
     return UserError(f"{where}: {first}", "the value must fit its field in configs/schema.py", "correct the value")
