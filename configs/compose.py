@@ -5,12 +5,10 @@ for, or disagree about, a composition. What Hydra lets through (`+model.typo=1` 
 knows) is closed by merging the result once more onto the schema.
 """
 
-import contextlib
 import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -32,26 +30,10 @@ GROUPS = Path(__file__).parent
 
 FREE_KEYS = ("mixture.weights", "mixture.sources", "mixture.max_epochs_of")
 """Settings whose keys are names of languages or sources."""
-FREE_TO_CHANGE = (
-    "train.tokens",
-    "train.validate_every_steps",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
-    "train.keep_every_steps",
-    "train.self_test",
-    "train.log_every_steps",
-    "train.loader_workers",
-    "train.max_micro_batch_seqs",
-    "tasks.",
-    "mixture.",
-    "engine.",
-    "faults.",
-    "suite.",
-    "release.",
-    "log.",
-    "cluster.",
-)
-"""Settings, or sections ending in a dot, that may change under the name of a run that has begun."""
+FREE_SECTIONS = ("train.", "tasks.", "mixture.", "engine.", "faults.", "suite.", "release.", "log.", "cluster.")
+"""Sections that may change under the name of a run that has begun, …"""
+FIXED = ("train.tokens_per_step", "train.seq_len", "mixture.packing")
+"""… but for what decides which samples stand at a position, and make a step."""
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -64,9 +46,8 @@ def compose(overrides: list[str]) -> RunConfig:
 
     for override in overrides:
         if "=" not in override:
-            raise UserError(
-                override, "arguments have the form SETTING=VALUE", f"experiment={override.lstrip('-')}, or name=…"
-            )
+            repair = f"experiment={override.lstrip('-')}, or name=…"
+            raise UserError(override, "arguments have the form SETTING=VALUE", repair)
     # Settings with free keys; Hydra would want a plus sign for each of them.
     overrides = [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -78,8 +59,7 @@ def compose(overrides: list[str]) -> RunConfig:
         raise _readable(error, overrides) from None
     except YAMLError as error:
         raise UserError(" ".join(str(error).split()), "files in configs/ are YAML", "correct the file") from None
-    with _readable_errors(overrides):
-        cfg = _onto_schema(OmegaConf.to_container(composed, resolve=True))
+    cfg = _onto_schema(composed, overrides)
     for source in cfg.corpus.sources.values():
         if source.format is not SourceFormat.hub or os.path.exists(source.path):
             source.path = _absolute(source.path)
@@ -105,23 +85,19 @@ def freeze(cfg: RunConfig, path: Path) -> None:
 def load(path: Path) -> RunConfig:
     """Reads a frozen config; raises `UserError` where it does not fit the schema of this version."""
     if not path.is_file():
-        raise UserError(
-            f"{path} is not there",
-            "a run begins with a frozen config",
-            "start it with `marathon train` or `marathon run`",
-        )
-    with _readable_errors([str(path)]):
-        return _onto_schema(OmegaConf.to_container(OmegaConf.load(path)))
+        repair = "start it with `marathon train` or `marathon run`"
+        raise UserError(f"{path} is not there", "a run begins with a frozen config", repair)
+    return _onto_schema(OmegaConf.load(path), [str(path)])
 
 
-def to_yaml(cfg: RunConfig) -> str:
-    """The whole config as YAML, keys in the order of the schema."""
+def to_yaml(cfg: object) -> str:
+    """A config or one of its sections as YAML, keys in the order of the schema."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
 def config_hash(cfg: object) -> str:
     """sha256 of a config or of one of its sections, as hexadecimal digits."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode()).hexdigest()
+    return hashlib.sha256(to_yaml(cfg).encode()).hexdigest()
 
 
 def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -134,11 +110,8 @@ def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 def is_free_to_change(key: str) -> bool:
     """Whether a setting may change under the name of a run that has begun."""
     # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
-    if key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path"):
-        return True
-    if key == "mixture.packing":  # what a sequence is, decides what stands at a position
-        return False
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_TO_CHANGE)
+    is_place = key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path")
+    return is_place or (key.startswith(FREE_SECTIONS) and key not in FIXED)
 
 
 def settings_hash(cfg: RunConfig) -> str:
@@ -147,15 +120,15 @@ def settings_hash(cfg: RunConfig) -> str:
     return hashlib.sha256(repr(sorted(fixed.items())).encode() + str(cfg.train.tokens).encode()).hexdigest()
 
 
-def _onto_schema(container: Any) -> RunConfig:
-    cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), container)
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError(
-            f"no value for {', '.join(missing)}",
-            "these settings have no default",
-            f"give them in YAML or on the command line: {missing[0]}=…",
-        )
-    return cast(RunConfig, OmegaConf.to_object(cfg))
+def _onto_schema(found: Any, given: list[str]) -> RunConfig:
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.to_container(found, resolve=True))
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            repair = f"give them in YAML or on the command line: {missing[0]}=…"
+            raise UserError(f"no value for {', '.join(missing)}", "these settings have no default", repair)
+        return cast(RunConfig, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise _readable(error, given) from None
 
 
 def _absolute(path: str) -> str:
@@ -177,14 +150,6 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
-@contextlib.contextmanager
-def _readable_errors(overrides: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        raise _readable(error, overrides) from None
-
-
 def _readable(error: Exception, overrides: list[str]) -> UserError:
     """Hydra's and OmegaConf's messages in the form value, rule, repair."""
     root: BaseException = error
@@ -192,45 +157,26 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         root = root.__cause__
         if isinstance(root, UserError):
             return root
-    text, cause = str(error).strip(), str(root).strip()
-    given = " ".join(overrides) or "the defaults"
+    text, given = str(error).strip(), " ".join(overrides) or "the defaults"
     if "must specify 'experiment'" in text:
-        return UserError(
-            f"no experiment in: {given}",
-            "a run is described by one",
-            f"experiment= one of {', '.join(_names('experiment'))}",
-        )
+        return UserError(f"no experiment in: {given}", "a run is described by one", _one_of("experiment"))
     if option := re.search(r"Could not find '([^/]+)/([^']+)'", text):
         group, name = option.groups()
-        names = _names(group)
-        repair = f"{group}= one of {', '.join(names)}" if names else f"the groups are {', '.join(_group_names())}"
-        return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", repair)
-    if option := re.search(r"Could not override '([^']+)'", text):
-        return UserError(
-            f"unknown setting {option[1]!r} in: {given}",
-            "every setting is a field of configs/schema.py",
-            _nearest(option[1]),
-        )
-    if key := re.search(r"Key '([^']+)' not in '([^']+)'", text):
-        return UserError(
-            f"unknown setting {key[1]!r} in: {given}",
-            f"{key[2]} in configs/schema.py has no such field",
-            _nearest(key[1]),
-        )
-    first, *rest = [line.strip() for line in cause.splitlines()] or [type(error).__name__]
+        return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", _one_of(group))
+    if option := re.search(r"Could not override '([^']+)'|Key '([^']+)' not in '([^']+)'", text):
+        name, section = option[1] or option[2], option[3]
+        rule = "every setting is a field of configs/schema.py"
+        if section:
+            rule = f"{section} in configs/schema.py has no such field"
+        close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
+        repair = f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
+        return UserError(f"unknown setting {name!r} in: {given}", rule, repair)
+    first, *rest = [line.strip() for line in str(root).strip().splitlines()] or [type(error).__name__]
     where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
     return UserError(f"{where}: {first}", "the value must fit its field in configs/schema.py", "correct the value")
 
 
-def _nearest(name: str) -> str:
-    """The settings most like a name that is none."""
-    close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
-
-
-def _names(group: str) -> list[str]:
-    return sorted(p.stem for p in (GROUPS / group).glob("*.yaml"))
-
-
-def _group_names() -> list[str]:
-    return sorted(p.name for p in GROUPS.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
+def _one_of(group: str) -> str:
+    if names := sorted(path.stem for path in (GROUPS / group).glob("*.yaml")):
+        return f"{group}= one of {', '.join(names)}"
+    return f"the groups are {', '.join(sorted({path.parent.name for path in GROUPS.glob('*/*.yaml')}))}"

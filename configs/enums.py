@@ -1,75 +1,22 @@
-"""Settings that are one of a few words."""
+"""Settings that are one of a few words, which are the values of their members too."""
 
-from enum import Enum
+from enum import StrEnum
 
-
-class SourceFormat(Enum):
-    """How a source of documents is stored."""
-
-    jsonl = "jsonl"
-    parquet = "parquet"
-    text = "text"
-    warc = "warc"
-    megatron = "megatron"
-    hub = "hub"
-
-
-class Runner(Enum):
-    """What starts the tasks that prepare a corpus."""
-
-    local = "local"
-    slurm = "slurm"
-
-
-class LanguageBalance(Enum):
-    """How much each language counts when a tokenizer is trained."""
-
-    natural = "natural"
-    temperature = "temperature"
-    uniform = "uniform"
-    parity = "parity"
-
-
-class MixtureRule(Enum):
-    """How token shares of the languages are chosen."""
-
-    weights = "weights"
-    temperature = "temperature"
-    unimax = "unimax"
-
-
-class Packing(Enum):
-    """How documents are put into sequences."""
-
-    concat = "concat"
-    best_fit = "best_fit"
-
-
-class Precision(Enum):
-    """Number format of weights in the forward and backward pass, or of gradients on the wire."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class ScheduleName(Enum):
-    """Shape of the learning rate over steps."""
-
-    wsd = "wsd"
-    cosine = "cosine"
-
-
-class Device(Enum):
-    """What computes. ROCm devices present themselves to PyTorch as `cuda`."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-    rocm = "rocm"
-
-
-class WandbMode(Enum):
-    """Whether metrics also go to Weights & Biases."""
-
-    off = "off"
-    offline = "offline"
-    online = "online"
+SourceFormat = StrEnum("SourceFormat", ["jsonl", "parquet", "text", "warc", "megatron", "hub"])
+"""How a source of documents is stored."""
+Runner = StrEnum("Runner", ["local", "slurm"])
+"""What starts the tasks that prepare a corpus."""
+LanguageBalance = StrEnum("LanguageBalance", ["natural", "temperature", "uniform", "parity"])
+"""How much each language counts when a tokenizer is trained."""
+MixtureRule = StrEnum("MixtureRule", ["weights", "temperature", "unimax"])
+"""How token shares of the languages are chosen."""
+Packing = StrEnum("Packing", ["concat", "best_fit"])
+"""How documents are put into sequences."""
+Precision = StrEnum("Precision", ["fp32", "bf16"])
+"""Number format of weights in the forward and backward pass, or of gradients on the wire."""
+ScheduleName = StrEnum("ScheduleName", ["wsd", "cosine"])
+"""Shape of the learning rate over steps."""
+Device = StrEnum("Device", ["cpu", "cuda", "rocm"])
+"""What computes. ROCm devices present themselves to PyTorch as `cuda`."""
+WandbMode = StrEnum("WandbMode", ["off", "offline", "online"])
+"""Whether metrics also go to Weights & Biases."""

@@ -26,11 +26,8 @@ class UserError(Exception):
 
 def raise_together(errors: Iterable[UserError]) -> None:
     """Raises all collected errors as one, so that a config is mended in one round, not in five."""
-    found = list(errors)
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        raise SeveralUserErrors(found)
+    if found := list(errors):
+        raise found[0] if len(found) == 1 else SeveralUserErrors(found)
 
 
 class SeveralUserErrors(UserError):

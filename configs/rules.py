@@ -1,26 +1,52 @@
-"""What a field has to keep by itself, said in the same words for all."""
+"""What a setting has to keep by itself, named with its type and said in the same words for all."""
 
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, ClassVar, NamedTuple
 
 from configs.errors import UserError
+
+
+class Rule(NamedTuple):
+    """What a value, or each value of a dictionary, has to keep."""
+
+    holds: Callable[[float], bool]
+    rule: str
+    repair: str
+
+
+POSITIVE = Rule(lambda value: value > 0, "must be greater than 0", "give a positive number")
+
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NaturalInt = Annotated[int, Rule(lambda value: value >= 0, "cannot be negative", "0 or more")]
+Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "is a share: 0 to 1", "0.1 means 10 %")]
+
+
+@dataclass
+class Section:
+    """Settings whose rules are checked when they are made; `prefix` is the section's name on the command line."""
+
+    prefix: ClassVar[str]
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls.prefix = prefix or cls.prefix
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            name, value = f"{self.prefix}.{setting.name}", getattr(self, setting.name)
+            values = (
+                {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            )
+            for rule in getattr(setting.type, "__metadata__", ()):
+                for where, each in values.items():
+                    require(rule.holds(each), f"{where} = {each}", rule.rule, rule.repair)
 
 
 def require(holds: bool, found: str, rule: str, repair: str) -> None:
     """Raises `UserError` unless the rule holds."""
     if not holds:
         raise UserError(found, rule, repair)
-
-
-def require_positive(section: str, **values: float) -> None:
-    """Every value is above 0."""
-    for name, value in values.items():
-        require(value > 0, f"{section}.{name} = {value}", "must be greater than 0", "give a positive number")
-
-
-def require_share(section: str, **values: float) -> None:
-    """Every value lies between 0 and 1."""
-    for name, value in values.items():
-        require(0 <= value <= 1, f"{section}.{name} = {value}", "is a share: 0 to 1", "0.1 means 10 %")
 
 
 def setting_names(section: type, prefix: str = "") -> list[str]:

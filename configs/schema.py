@@ -6,29 +6,30 @@ from YAML or the command line.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from configs.enums import Device, Precision, ScheduleName, WandbMode
-from configs.rules import require, require_positive, require_share
+from configs.rules import NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
 from configs.text import CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section, prefix="model"):
     """The decoder: RMSNorm, RoPE, grouped queries, QK-norm, SwiGLU. Exported as Qwen3ForCausalLM."""
 
-    n_layer: int = MISSING
+    n_layer: PositiveInt = MISSING
     """Transformer blocks."""
-    d_model: int = MISSING
+    d_model: PositiveInt = MISSING
     """Width of the residual stream."""
-    n_head: int = MISSING
+    n_head: PositiveInt = MISSING
     """Query heads."""
-    n_kv_head: int = MISSING
+    n_kv_head: PositiveInt = MISSING
     """Key and value heads; each serves n_head / n_kv_head query heads."""
-    head_dim: int = MISSING
+    head_dim: PositiveInt = MISSING
     """Width of one head."""
-    d_ff: int = MISSING
+    d_ff: PositiveInt = MISSING
     """Inner width of the SwiGLU."""
     rope_theta: float = 500_000.0
     """Base of the rotary embedding."""
@@ -40,15 +41,7 @@ class ModelConfig:
     """One matrix for input and output embeddings; pays off below about 2B parameters."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "model",
-            n_layer=self.n_layer,
-            d_model=self.d_model,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            head_dim=self.head_dim,
-            d_ff=self.d_ff,
-        )
+        super().__post_init__()
         divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
         require(
             self.n_head % self.n_kv_head == 0,
@@ -61,51 +54,49 @@ class ModelConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Section, prefix="optim"):
     """AdamW."""
 
-    lr: float = MISSING
+    lr: PositiveFloat = MISSING
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: Share = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Share = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Share = 0.1
     """Decoupled decay, on matrices only: norms and embeddings are left out."""
-    grad_clip: float = 1.0
+    grad_clip: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
-
-    def __post_init__(self) -> None:
-        require_positive("optim", lr=self.lr, grad_clip=self.grad_clip, eps=self.eps)
-        require_share("optim", beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section, prefix="schedule"):
     """Learning rate over steps."""
 
     name: ScheduleName = MISSING
     """wsd (warm up, stay, decay) or cosine."""
-    warmup_steps: int = MISSING
+    warmup_steps: NaturalInt = MISSING
     """Linear rise to the peak."""
-    decay_share: float = 0.2
+    decay_share: Share = 0.2
     """wsd: share of all steps, at the end, in which the rate falls linearly."""
-    final_lr_share: float = 0.0
+    final_lr_share: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
-    def __post_init__(self) -> None:
-        require_share("schedule", decay_share=self.decay_share, final_lr_share=self.final_lr_share)
-        n = self.warmup_steps
-        require(n >= 0, f"schedule.warmup_steps = {n}", "cannot be negative", "0 or more")
+
+ZERO_STAGES = Rule(
+    lambda stage: stage in (1, 2, 3),
+    "1, 2 and 3 are supported",
+    "engine.zero_stage=1 for small models, 2 from about 1.5B parameters, 3 where weights do not fit whole",
+)
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Section, prefix="engine"):
     """DeepSpeed."""
 
-    zero_stage: int = MISSING
+    zero_stage: Annotated[int, ZERO_STAGES] = MISSING
     """1 shards the optimizer; 2 shards gradients too; 3 shards weights too."""
     precision: Precision = MISSING
     """bf16 computes in bf16 over fp32 master weights; gradients are accumulated in fp32 in both."""
@@ -114,37 +105,28 @@ class EngineConfig:
     the order of sums alone."""
     compile: bool = False
     """Compile each block with torch.compile; the first step then takes a minute or more."""
-    bucket_elements: int = 100_000_000
+    bucket_elements: PositiveInt = 100_000_000
     """Gradients travel in buckets of so many numbers; 1e8 in fp32 is 400 MB."""
-    timeout_s: int = 1800
+    timeout_s: PositiveInt = 1800
     """A step, or the time between two validation passes, that takes longer is a hang: every rank writes its stacks to
     RUN/logs and ends, so that the job starts again. Collectives wait a little longer than that."""
 
-    def __post_init__(self) -> None:
-        require(
-            self.zero_stage in (1, 2, 3),
-            f"engine.zero_stage = {self.zero_stage}",
-            "1, 2 and 3 are supported",
-            "engine.zero_stage=1 for small models, 2 from about 1.5B parameters, 3 where weights do not fit whole",
-        )
-        require_positive("engine", bucket_elements=self.bucket_elements, timeout_s=self.timeout_s)
-
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section, prefix="train"):
     """How much is trained, in what portions, and how often it is looked at."""
 
-    tokens: int = MISSING
+    tokens: PositiveInt = MISSING
     """Tokens to train on in all, repetitions counted."""
-    tokens_per_step: int = MISSING
+    tokens_per_step: PositiveInt = MISSING
     """Tokens in one optimizer step over all devices: the one batch size; the rest is derived from it."""
-    seq_len: int = MISSING
+    seq_len: PositiveInt = MISSING
     """Tokens in one sequence, also the context length of the exported model."""
-    max_micro_batch_seqs: int = MISSING
+    max_micro_batch_seqs: PositiveInt = MISSING
     """Sequences a device takes in one forward pass at most; gradient accumulation makes up the rest."""
-    validate_every_steps: int = MISSING
+    validate_every_steps: PositiveInt = MISSING
     """Bits per byte by language on held-out documents, besides step 0 and the last."""
-    save_every_steps: int = MISSING
+    save_every_steps: PositiveInt = MISSING
     """A checkpoint is written, besides step 0 and the last step."""
     keep_checkpoints: int = 0
     """Keep the newest so many besides step 0; 0 keeps all."""
@@ -153,22 +135,13 @@ class TrainConfig:
     self_test: bool = True
     """Before the first step of a layout (devices, stage, precision): compare the engine's gradient of two small
     batches with that of one process in fp32."""
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     """A line of metrics."""
     loader_workers: int = 0
     """Processes that read ahead; the order of samples does not depend on it."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "train",
-            tokens=self.tokens,
-            tokens_per_step=self.tokens_per_step,
-            seq_len=self.seq_len,
-            max_micro_batch_seqs=self.max_micro_batch_seqs,
-            validate_every_steps=self.validate_every_steps,
-            save_every_steps=self.save_every_steps,
-            log_every_steps=self.log_every_steps,
-        )
+        super().__post_init__()
         require(
             self.tokens_per_step % self.seq_len == 0,
             f"train.tokens_per_step = {self.tokens_per_step}, train.seq_len = {self.seq_len}",
@@ -194,46 +167,35 @@ class TrainConfig:
 
 
 @dataclass
-class FaultConfig:
+class FaultConfig(Section, prefix="faults"):
     """What the loop does about bad numbers."""
 
-    max_skipped_in_a_row: int = 5
+    max_skipped_in_a_row: NaturalInt = 5
     """Steps with a gradient that is not finite are left out; after more than so many in a row the run stops."""
-    spike_window_steps: int = 128
+    spike_window_steps: NaturalInt = 128
     """A loss is compared with so many before it, once half of them are there; 0: spikes are not looked for."""
-    spike_sigmas: float = 8.0
+    spike_sigmas: PositiveFloat = 8.0
     """A spike is a loss so many robust standard deviations (1.4826 x MAD, 2 % of the median at least) above the
     median of the window."""
-    spike_skip_steps: int = 2
+    spike_skip_steps: PositiveInt = 2
     """After a spike, the run goes back to the last checkpoint and leaves out the samples of so many steps: the
     spike's own and those just before it."""
-    max_rewinds: int = 8
+    max_rewinds: NaturalInt = 8
     """A run that has gone back so often stops at the next spike."""
-
-    def __post_init__(self) -> None:
-        require_positive("faults", spike_sigmas=self.spike_sigmas, spike_skip_steps=self.spike_skip_steps)
-        for name in ("max_skipped_in_a_row", "spike_window_steps", "max_rewinds"):
-            value = getattr(self, name)
-            require(value >= 0, f"faults.{name} = {value}", "cannot be negative", "0 or more")
 
 
 @dataclass
-class SuiteConfig:
+class SuiteConfig(Section, prefix="suite"):
     """What every checkpoint is asked, besides bits per byte."""
 
     tasks: list[str] = MISSING
     """Families of tasks by name, see eval/suites.py; none: bits per byte alone."""
-    max_items_per_language: int = 50
+    max_items_per_language: Annotated[int, Rule(lambda n: n >= 2, "a standard error takes two items", "2 or more")] = 50
     """Questions of one family in one language at most."""
-    bootstrap_samples: int = 1000
+    bootstrap_samples: PositiveInt = 1000
     """Resamplings of documents for the intervals of bits per byte."""
-    batch_seqs: int = 16
+    batch_seqs: PositiveInt = 16
     """Sequences scored at a time on one device."""
-
-    def __post_init__(self) -> None:
-        require_positive("suite", bootstrap_samples=self.bootstrap_samples, batch_seqs=self.batch_seqs)
-        n = self.max_items_per_language
-        require(n >= 2, f"suite.max_items_per_language = {n}", "a standard error takes two items", "2 or more")
 
 
 @dataclass
@@ -257,7 +219,7 @@ class LogConfig:
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(Section, prefix="cluster"):
     """The machine."""
 
     name: str = MISSING
@@ -266,11 +228,11 @@ class ClusterConfig:
     """cpu, cuda or rocm."""
     scratch: str = MISSING
     """Folder for runs and corpora; on a cluster the large shared file system."""
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Nodes of the job; the job scripts fill it in from Slurm."""
-    devices_per_node: int = MISSING
+    devices_per_node: PositiveInt = MISSING
     """Processes a node, one a device."""
-    cpus_per_device: int = MISSING
+    cpus_per_device: PositiveInt = MISSING
     """Cores, and threads, of each process."""
     device_memory_gib: float = MISSING
     """Memory of one device, for `marathon plan`."""
@@ -280,10 +242,6 @@ class ClusterConfig:
     """Where that number comes from."""
     online: bool = False
     """Whether hubs may be asked for data; off on compute nodes."""
-
-    def __post_init__(self) -> None:
-        counts = {"nodes": self.nodes, "devices_per_node": self.devices_per_node}
-        require_positive("cluster", cpus_per_device=self.cpus_per_device, **counts)
 
     @property
     def world_size(self) -> int:

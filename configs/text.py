@@ -3,12 +3,12 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from configs.enums import LanguageBalance, MixtureRule, Packing, Runner, SourceFormat
-from configs.rules import require, require_positive, require_share
+from configs.rules import POSITIVE, PositiveFloat, PositiveInt, Rule, Section, Share, require
 
 
 @dataclass
@@ -46,20 +46,20 @@ class SourceConfig:
 
 
 @dataclass
-class HoldoutConfig:
+class HoldoutConfig(Section, prefix="corpus.holdout"):
     """Which documents are kept out of training, for validation."""
 
     by_field: str = ""
     """Field of a record whose value decides; empty: a share of documents by the hash of their id."""
     by_values: list[int] = field(default_factory=list)
     """Documents whose `by_field` has one of these values are held out."""
-    share: float = 0.0
+    share: Share = 0.0
     """Share of documents held out by the hash of their id, where no `by_field` is given."""
     max_docs_per_language: int = 1000
     """Validation reads at most so many documents a language, the first by hash of their id."""
 
     def __post_init__(self) -> None:
-        require_share("corpus.holdout", share=self.share)
+        super().__post_init__()
         require(
             bool(self.by_field) == bool(self.by_values),
             f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}",
@@ -159,7 +159,7 @@ class DecontaminateConfig:
 
 
 @dataclass
-class CorpusConfig:
+class CorpusConfig(Section, prefix="corpus"):
     """Text in: the sources and what is kept of them."""
 
     sources: dict[str, SourceConfig] = MISSING
@@ -176,11 +176,8 @@ class CorpusConfig:
     """Text of evaluations."""
     shard_bytes: int = 1 << 29
     """Text of a shard, in bytes: 512 MiB are about 130 M tokens."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """Share of a source's records that may be quarantined before the stage stops."""
-
-    def __post_init__(self) -> None:
-        require_share("corpus", max_bad_share=self.max_bad_share)
 
 
 def map_paths(corpus: CorpusConfig, change: Callable[[str], str]) -> None:
@@ -204,14 +201,14 @@ MAX_TASKS = 1000
 
 
 @dataclass
-class TasksConfig:
+class TasksConfig(Section, prefix="tasks"):
     """Where a corpus is prepared; what comes out does not depend on it."""
 
     runner: Runner = Runner.local
     """local: processes on this machine; slurm: arrays of jobs, submitted from a login node."""
-    workers: int = 0
+    workers: Annotated[int, Rule(lambda n: n >= 0, "cannot be negative", "0 for one a core")] = 0
     """local: processes at once; 0: one for each core."""
-    tasks: int = 64
+    tasks: PositiveInt = 64
     """slurm: jobs of an array; each does its share of the input files, languages or shards."""
     partition: str = ""
     """slurm: partition of nodes without accelerators."""
@@ -219,49 +216,44 @@ class TasksConfig:
     """slurm: project to be billed; empty: the one in SBATCH_ACCOUNT, or the cluster's default."""
     time: str = "08:00:00"
     """slurm: time limit of a job; one that is ended by it goes on with the unit it was at when submitted again."""
-    gib: int = 8
+    gib: PositiveInt = 8
     """slurm: memory of a job."""
 
     def __post_init__(self) -> None:
-        require_positive("tasks", tasks=self.tasks, gib=self.gib)
+        super().__post_init__()
         require(self.tasks <= MAX_TASKS, f"tasks.tasks = {self.tasks}", "a Slurm array has fewer", f"up to {MAX_TASKS}")
-        require(self.workers >= 0, f"tasks.workers = {self.workers}", "cannot be negative", "0 for one a core")
-        is_complete = self.runner is Runner.local or bool(self.partition)
-        require(
-            is_complete, "tasks.partition = ''", "Slurm needs a partition", "tasks.partition=small, or tasks=lumi_c"
-        )
+        is_told = self.runner is Runner.local or bool(self.partition)
+        require(is_told, "tasks.partition = ''", "Slurm needs a partition", "tasks.partition=small, or tasks=lumi_c")
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Section, prefix="tokenizer"):
     """sentencepiece BPE, trained on the corpus unless a path is given."""
 
     path: str = ""
     """A `tokenizer.model` of sentencepiece to use as it is; empty: train one."""
     vocab_size: int = MISSING
     """Entries of the vocabulary, specials and 256 bytes included."""
-    character_coverage: float = 0.9999
+    character_coverage: Share = 0.9999
     """Share of characters that get an entry of their own; the rest is spelled in bytes."""
     special_tokens: list[str] = field(default_factory=list)
     """Tokens that text may hold, such as <email> in place of an address: one id each, never part of another token."""
     balance: LanguageBalance = LanguageBalance.natural
     """natural: languages weigh by their bytes; temperature: by bytes ** `language_alpha`; uniform: all alike; parity:
     by a search that lowers the tokens of the worst-off language for the same content."""
-    language_alpha: float = 0.3
+    language_alpha: Share = 0.3
     """Exponent of the balance `temperature`: 1 natural, 0 all alike."""
     parity_text: str = "package:data/samples/udhr-europe.jsonl.zst"
     """JSON lines with `lang`, `article` and `text`: articles that say the same in each language. The balance `parity`
     and the report of the tokenizer measure on them."""
-    parity_rounds: int = 6
+    parity_rounds: PositiveInt = 6
     """Steps of the balance `parity`, each a training on the most frequent words of every language."""
-    max_train_bytes_per_language: int = 1 << 28
+    max_train_bytes_per_language: PositiveInt = 1 << 28
     """Text of a language that words are counted in, whole documents by the hash of their id. 256 MiB have a million
     or two of distinct words: about 20 GB of memory for 24 languages."""
 
     def __post_init__(self) -> None:
-        require_share("tokenizer", character_coverage=self.character_coverage, language_alpha=self.language_alpha)
-        positive = {name: getattr(self, name) for name in ("parity_rounds", "max_train_bytes_per_language")}
-        require_positive("tokenizer", **positive)
+        super().__post_init__()
         n_fixed = 260 + len(self.special_tokens)
         found, rule = f"tokenizer.vocab_size = {self.vocab_size}", f"bytes and specials take {n_fixed} entries"
         require(self.vocab_size > n_fixed + 40, found, rule, "4096 for a smoke run, 131072 for 24 languages")
@@ -276,31 +268,30 @@ class TokenizerConfig:
             )
 
 
+FACTOR = Rule(lambda factor: factor >= 0, "a factor is not negative", "0 leaves it out")
+
+
 @dataclass
-class PhaseConfig:
+class PhaseConfig(Section, prefix="mixture"):
     """How often each language and source is seen, in one stretch of a run."""
 
     rule: MixtureRule = MixtureRule.temperature
     """Shares of languages. weights: as given; temperature: tokens ** alpha; unimax: even, with a cap on epochs."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
     """Share by language, for the rule `weights`; normalised to 1."""
-    alpha: float = 1.0
+    alpha: Share = 1.0
     """Exponent of the rule `temperature`: 1 natural, 0 all alike."""
-    sources: dict[str, float] = field(default_factory=dict)
+    sources: Annotated[dict[str, float], FACTOR] = field(default_factory=dict)
     """Factor by source: within a language sources share by tokens times factor, 1 where none is given; 0 leaves out."""
-    max_epochs: float = 4.0
+    max_epochs: PositiveFloat = 4.0
     """No text is seen more often than this, what earlier phases showed included; UniMax gives the rest to others."""
-    max_epochs_of: dict[str, float] = field(default_factory=dict)
+    max_epochs_of: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
     """The same by source, where it differs."""
     allow_more_epochs: bool = False
     """Go on, with a warning, where a rule overspends `max_epochs`."""
 
     def __post_init__(self) -> None:
-        require_share("mixture", alpha=self.alpha)
-        require_positive("mixture", max_epochs=self.max_epochs, **self.weights)
-        require_positive("mixture.max_epochs_of", **self.max_epochs_of)
-        for name, factor in self.sources.items():
-            require(factor >= 0, f"mixture.sources.{name} = {factor}", "a factor is not negative", "0 leaves it out")
+        super().__post_init__()
         require(
             bool(self.weights) == (self.rule is MixtureRule.weights),
             f"mixture.rule = {self.rule.value} with mixture.weights = {self.weights}",

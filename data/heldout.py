@@ -1,8 +1,8 @@
 """Which documents validation reads and training never does: a property of the document alone."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -31,7 +31,7 @@ class ValidDocument:
     lang: str
     source: str
     n_bytes: int
-    tokens: NDArray[np.int64]
+    tokens: NDArray[Any]
 
 
 class ValidDocuments:
@@ -50,19 +50,15 @@ class ValidDocuments:
 
     def read(self, language: str) -> list[ValidDocument]:
         """Documents of one language, sorted by the hash of their id."""
-        found = sorted(self._rows(language), key=lambda row: (rank_of(row[0]), row[0]))
-        chosen = found[: self._manifest.max_valid_docs_per_language]
-        return [
-            ValidDocument(doc_id, language, source, n_bytes, shard.document(row).astype(np.int64))
-            for doc_id, source, n_bytes, shard, row in chosen
-        ]
-
-    def _rows(self, language: str) -> Iterator[tuple[str, str, int, Shard, int]]:
+        found = []
         for entry in self._manifest.shards_of(language, VALID):
             shard = Shard(self._dir / entry.stem)
             for row, (doc_id, n_bytes) in enumerate(read_sidecar(self._dir / entry.stem, "id", "n_bytes")):
                 if n_bytes:  # a removed document has none
-                    yield doc_id, entry.source, n_bytes, shard, row
+                    found.append(ValidDocument(doc_id, language, entry.source, n_bytes, shard.document(row)))
+        found.sort(key=lambda document: (rank_of(document.id), document.id))
+        chosen = found[: self._manifest.max_valid_docs_per_language]
+        return [replace(document, tokens=document.tokens.astype(np.int64)) for document in chosen]
 
 
 def rank_of(doc_id: str) -> int:

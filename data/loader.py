@@ -1,23 +1,24 @@
 """Positions → batches. The whole state is the position; see `data/order.py` for what stands where."""
 
 import multiprocessing
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from configs.enums import Packing
-from data.manifest import TRAIN, Manifest, ShardEntry
+from data.manifest import TRAIN, Manifest
 from data.order import Order, Phase, Stream, unskipped
-from data.packing import PackedShard, read_record
+from data.packing import open_packing, read_record
 from data.shards import Shard, document_ids
 
 
@@ -80,8 +81,10 @@ class BestFit:
         """The documents that a sequence consists of, whole or what was cut from them."""
         k = bisect_right(self._bounds, sequence) - 1
         path, _, crc = self._indices[k]
-        found = _open_packed(path, crc).pieces(sequence - self._bounds[k])
-        return ((k, first, end) for first, end in found)
+        index, row = _open_packing(path, crc), sequence - self._bounds[k]
+        first = bisect_left(index[:, 0], row)
+        end = bisect_left(index[:, 0], row + 1, first)
+        return ((k, start, stop) for _, start, stop in index[first:end].tolist())
 
 
 class Samples(Dataset[Batch]):
@@ -93,10 +96,7 @@ class Samples(Dataset[Batch]):
         manifest, folder, self.seq_len = Manifest.load(corpus_dir), str(corpus_dir), seq_len
         self._tokenizer, self._is_packed = manifest.tokenizer, packing is Packing.best_fit
         self._has_removed = any(entry.n_removed for entry in manifest.shards)
-        parts: dict[str, list[ShardEntry]] = {"/".join(part): [] for part in manifest.tokens_by_part(TRAIN)}
-        for entry in manifest.shards:
-            if entry.split == TRAIN:
-                parts[f"{entry.language}/{entry.source}"].append(entry)
+        parts = {"/".join(part): shards for part, shards in manifest.parts(TRAIN).items()}
         self.parts = list(parts)
         """All parts with training text, sorted, whether a phase draws them or not."""
         self._stems = [[f"{folder}/{entry.stem}" for entry in shards] for shards in parts.values()]
@@ -158,9 +158,9 @@ class Samples(Dataset[Batch]):
                     rows = _open_shard(stem).rows_between(first, end)
                     touched |= dict.fromkeys((self.parts[part], stem, row) for row in rows)
                 n_left -= end - first
-        rows_of: dict[str, list[int]] = {}
+        rows_of = defaultdict(list)
         for _, stem, row in touched:
-            rows_of.setdefault(stem, []).append(row)
+            rows_of[stem].append(row)
         ids = {stem: document_ids(Path(stem), rows) for stem, rows in rows_of.items()}
         names = [(*part.split("/"), ids[stem][row]) for part, stem, row in touched]
         return [DocumentName(source, language, name) for language, source, name in names]
@@ -184,24 +184,15 @@ def batches(
     batches are; sample k of the run stands at the k-th position that is not in `skipped`, sorted and disjoint
     [start, end). `workers` processes read ahead. Raises `ValueError` where the ranks cannot share a step evenly.
     """
-    if seqs_per_step % (world_size * micro_batch_seqs):
+    stride = world_size * micro_batch_seqs
+    if seqs_per_step % stride:
         raise ValueError(f"{seqs_per_step} sequences do not divide into {world_size} ranks x {micro_batch_seqs}")
-    micro_steps = seqs_per_step // (world_size * micro_batch_seqs)
-    ks = _samples(start_step, n_steps, seqs_per_step, micro_batch_seqs, rank, world_size)
-    wanted = (unskipped(k, skipped) for k in ks)
+    mine = np.arange(micro_batch_seqs) + rank * micro_batch_seqs
+    firsts = range(start_step * seqs_per_step, (start_step + n_steps) * seqs_per_step, stride)
+    wanted = (unskipped(first + mine, skipped) for first in firsts)
     read = iter(_loader(samples, wanted, workers)) if workers else map(samples.__getitems__, wanted)
     for _ in range(n_steps):
-        yield [next(read) for _ in range(micro_steps)]
-
-
-def _samples(
-    start_step: int, n_steps: int, seqs_per_step: int, micro_batch_seqs: int, rank: int, world_size: int
-) -> Iterator[NDArray[np.int64]]:
-    stride = world_size * micro_batch_seqs
-    for step in range(start_step, start_step + n_steps):
-        for m in range(seqs_per_step // stride):
-            first = step * seqs_per_step + m * stride + rank * micro_batch_seqs
-            yield np.arange(first, first + micro_batch_seqs)
+        yield [next(read) for _ in range(seqs_per_step // stride)]
 
 
 def _loader(samples: Samples, wanted: Iterator[NDArray[np.int64]], workers: int) -> DataLoader[Batch]:
@@ -213,15 +204,11 @@ def _loader(samples: Samples, wanted: Iterator[NDArray[np.int64]], workers: int)
         samples,
         batch_sampler=wanted,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=default_convert,  # they are tensors already
         multiprocessing_context=context,
         # Its own generator, or DataLoader would draw from the global one and workers would change a run's numbers.
         generator=torch.Generator(),
     )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 # Each takes three mappings, of which Linux grants a process 65,530.
@@ -230,4 +217,4 @@ def _open_shard(stem: str) -> Shard:
     return Shard(Path(stem))
 
 
-_open_packed = lru_cache(1 << 14)(PackedShard)
+_open_packing = lru_cache(1 << 14)(open_packing)

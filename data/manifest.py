@@ -5,7 +5,6 @@ Nothing in it depends on where the corpus stands or when it was made.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +107,7 @@ class Manifest:
     def hashes(self) -> dict[str, str]:
         """sha256 of each file of the tokenizer and the shards, by its name below the corpus."""
         hashes = {f"tokenizer/{name}": known for name, known in self.tokenizer.sha256.items()}
-        for shard in self.shards:
-            hashes |= {shard.stem + suffix: known for suffix, known in shard.sha256.items()}
-        return hashes
+        return hashes | {s.stem + suffix: known for s in self.shards for suffix, known in s.sha256.items()}
 
     def facts(self) -> dict[str, Any]:
         """What the ledger says of the corpus. Counts are those of the training split unless they say otherwise."""
@@ -144,13 +141,17 @@ class Manifest:
         """Languages that have documents in a split, sorted."""
         return sorted({s.language for s in self.shards if s.split == split})
 
-    def tokens_by_part(self, split: str) -> dict[tuple[str, str], int]:
-        """Tokens of a split by language and source, sorted."""
-        total: Counter[tuple[str, str]] = Counter()
+    def parts(self, split: str) -> dict[tuple[str, str], list[ShardEntry]]:
+        """Shards of a split by language and source, sorted."""
+        found: dict[tuple[str, str], list[ShardEntry]] = {}
         for shard in self.shards:
             if shard.split == split:
-                total[shard.language, shard.source] += shard.n_tokens
-        return dict(sorted(total.items()))
+                found.setdefault((shard.language, shard.source), []).append(shard)
+        return dict(sorted(found.items()))
+
+    def tokens_by_part(self, split: str) -> dict[tuple[str, str], int]:
+        """Tokens of a split by language and source, sorted."""
+        return {part: sum(s.n_tokens for s in shards) for part, shards in self.parts(split).items()}
 
 
 def marks(corpus_dir: Path) -> dict[str, list[int]]:

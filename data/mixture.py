@@ -98,9 +98,9 @@ def language_rows(mixtures: Sequence[Mixture]) -> list[dict[str, Any]]:
     tokens: Counter[str] = Counter()
     for mixture in mixtures:
         tokens.update(by_language({row.part: row.tokens for row in mixture.rows}))
-    found, last = [], mixtures[-1].rows
+    found = []
     for lang, planned in sorted(tokens.items()):
-        own = [row for row in last if row.part.startswith(f"{lang}/")]
+        own = [row for row in mixtures[-1].rows if row.part.startswith(f"{lang}/")]
         n, caps = sum(row.available_tokens for row in own), {row.cap for row in own}
         epochs = sum(row.epochs * row.available_tokens for row in own) / n
         row = {"language": lang, "available_tokens": n, "share": planned / tokens.total(), "tokens": planned}
@@ -134,8 +134,7 @@ class _Stock:
 
     def epochs(self, tokens: Array) -> Array:
         """How often each part has been shown after so many tokens more."""
-        shown: Array = (self.seen + tokens) / self.tokens
-        return shown
+        return (self.seen + tokens) / self.tokens
 
 
 def _plan(
@@ -171,16 +170,11 @@ def _stock(cfg: PhaseConfig, name: str, available: Mapping[str, int], seen: Mapp
     languages, sources = zip(*(part.split("/") for part in available), strict=True)
     factors = [cfg.sources.get(source, 1.0) for source in sources]
     if not any(factors):
-        raise UserError(
-            f"{name}.sources = {cfg.sources}", "some text has to be drawn", "give a source a factor above 0"
-        )
+        found, repair = f"{name}.sources = {cfg.sources}", "give a source a factor above 0"
+        raise UserError(found, "some text has to be drawn", repair)
     drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
-    for setting, keys, known in (
-        ("weights", cfg.weights, drawn),
-        ("sources", cfg.sources, sources),
-        ("max_epochs_of", cfg.max_epochs_of, sources),
-    ):
-        if unknown := sorted(keys.keys() - set(known)):
+    for setting, known in {"weights": drawn, "sources": sources, "max_epochs_of": sources}.items():
+        if unknown := sorted(getattr(cfg, setting).keys() - set(known)):
             raise UserError(
                 f"{name}.{setting} names {', '.join(unknown)}",
                 f"the corpus has training text in {', '.join(sorted(set(known)))}",
@@ -188,9 +182,8 @@ def _stock(cfg: PhaseConfig, name: str, available: Mapping[str, int], seen: Mapp
             )
     tokens = np.array(list(available.values()), np.float64)
     caps = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
-    return _Stock(
-        list(available), tokens, tokens * factors, caps, np.array([seen.get(part, 0.0) for part in available])
-    )
+    shown = np.array([seen.get(part, 0.0) for part in available])
+    return _Stock(list(available), tokens, tokens * factors, caps, shown)
 
 
 def _wanted(cfg: PhaseConfig, stock: _Stock, n_tokens: int) -> tuple[Array, int]:

@@ -10,16 +10,17 @@ which it stood, and all earlier positions stay what they were.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
-N = TypeVar("N", int, float)
 
 CYCLE = 2**18
 """Slots of a cycle, one a position: the least share is one in so many."""
@@ -80,11 +81,10 @@ class Order:
         if any(self._slots.sum(axis=1) != CYCLE):
             raise ValueError(f"the parts {self.parts} have {self._slots.sum(axis=1)} slots in cycles of {CYCLE}")
         cycles = [_interleave(slots, self._keys) for slots in self._slots]
-        self._pattern = np.stack([pattern for pattern, _ in cycles])
-        self._rank = np.stack([rank for _, rank in cycles])
+        self._pattern, self._rank = map(np.stack, zip(*cycles, strict=True))
         self._visits = np.zeros_like(self._slots)
-        for k, start in enumerate(starts[1:], 1):
-            self._visits[k] = self._visited(k - 1, start)
+        for k, start in enumerate(starts):
+            self._visits[k] = list(self.visits(start).values())
 
     def locate(self, positions: ArrayLike) -> Located:
         """The samples at `positions`, an array of whole numbers from 0."""
@@ -102,15 +102,11 @@ class Order:
 
     def visits(self, position: int) -> dict[str, int]:
         """Sequences of each part that stand before `position`; costs the same for any position."""
-        phase = int(np.searchsorted(self._starts, np.uint64(position), "right")) - 1
-        return dict(zip(self.parts, self._visited(phase, position).tolist(), strict=True))
-
-    def _visited(self, phase: int, position: int) -> U64:
-        """Sequences of each part before `position`, which lies in `phase` or is its end."""
+        phase = max(bisect_left(self._starts.tolist(), position) - 1, 0)  # the one before, at the start of another
         cycles, r = divmod(position - int(self._starts[phase]), CYCLE)
         begun = np.bincount(self._pattern[phase, :r], minlength=len(self.parts)).astype(np.uint64)
-        visited: U64 = self._visits[phase] + np.uint64(cycles) * self._slots[phase] + begun
-        return visited
+        visited = self._visits[phase] + np.uint64(cycles) * self._slots[phase] + begun
+        return dict(zip(self.parts, visited.tolist(), strict=True))
 
 
 class OrderHash:
@@ -139,14 +135,14 @@ class OrderHash:
         return "".join(f"{int(lane) % 2**64:016x}" for lane in self.state[:2])
 
 
-def by_language(of_parts: Mapping[str, N]) -> dict[str, N]:
+def by_language(of_parts: Mapping[str, int]) -> dict[str, int]:
     """Sums over sources of what is known by part, sorted."""
-    return _sums((part.split("/")[0], n) for part, n in of_parts.items())
+    return _sums(of_parts, 0)
 
 
-def by_source(of_parts: Mapping[str, N]) -> dict[str, N]:
+def by_source(of_parts: Mapping[str, int]) -> dict[str, int]:
     """Sums over languages of what is known by part, sorted."""
-    return _sums((part.split("/")[1], n) for part, n in of_parts.items())
+    return _sums(of_parts, 1)
 
 
 def unskipped(k: ArrayLike, skipped: Sequence[Sequence[int]]) -> I64:
@@ -172,11 +168,11 @@ def permute(index: U64, n: U64, key: U64) -> U64:
     return found
 
 
-def _sums(pairs: Iterable[tuple[str, N]]) -> dict[str, N]:
-    sums: dict[str, N] = {}
-    for key, n in sorted(pairs):
-        sums[key] = sums[key] + n if key in sums else n
-    return sums
+def _sums(of_parts: Mapping[str, int], side: int) -> dict[str, int]:
+    sums: Counter[str] = Counter()
+    for part, n in of_parts.items():
+        sums[part.split("/")[side]] += n
+    return dict(sorted(sums.items()))
 
 
 def _feistel(index: U64, side: U64, key: U64) -> U64:

@@ -69,22 +69,15 @@ def read_record(corpus_dir: Path, seq_len: int, shards: Iterable[ShardEntry]) ->
     return {stem: (f"{corpus_dir}/{path}", *found[path]) for stem, path in paths.items()}
 
 
-class PackedShard:
+def open_packing(path: str, crc: int) -> I64:
     """The index of one shard, through the page cache; raises `UserError` where it is not what was recorded."""
-
-    def __init__(self, path: str, crc: int) -> None:
-        try:
-            self._pieces = mapped(Path(path)).view("<i8").reshape(-1, 3)
-        except (OSError, ValueError) as error:
-            raise damaged(f"{path}: {error}") from error
-        if zlib.crc32(self._pieces.data) != crc:
-            raise damaged(f"{path} is not what was written")
-
-    def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        """First token within the shard and end of each piece of a sequence, in the order of the shard."""
-        first = bisect_left(self._pieces[:, 0], sequence)
-        end = bisect_left(self._pieces[:, 0], sequence + 1, first)
-        return [(start, stop) for _, start, stop in self._pieces[first:end].tolist()]
+    try:
+        pieces: I64 = mapped(Path(path)).view("<i8").reshape(-1, 3)
+    except (OSError, ValueError) as error:
+        raise damaged(f"{path}: {error}") from error
+    if zlib.crc32(pieces.data) != crc:
+        raise damaged(f"{path} is not what was written")
+    return pieces
 
 
 def pack(starts: I64, n_tokens: int, seq_len: int) -> I64:
@@ -114,9 +107,8 @@ def _best_fit(lengths: I64, capacity: int) -> I64:
     def put(bins: Sequence[int], space: int) -> None:
         if bins and space not in bins_with:
             insort(spaces, space)
-            bins_with[space] = []
         if bins:
-            bins_with[space] += bins
+            bins_with.setdefault(space, []).extend(bins)
 
     values, counts = np.unique(lengths, return_counts=True)
     for length, n_left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):

@@ -83,16 +83,9 @@ def _complete(corpus_dir: Path) -> None:
 
 def _rows_of(path: Path, ids: list[str]) -> dict[int, str]:
     """Rows whose `id` is among these, with it."""
-    found: dict[int, str] = {}
-    with pq.ParquetFile(path) as file:
-        first = 0
-        for batch in file.iter_batches(columns=["id"]):
-            here = np.flatnonzero(
-                pc.is_in(batch.column("id"), pa.array(ids, pa.string())).to_numpy(zero_copy_only=False)
-            )
-            found |= {first + int(row): batch.column("id")[int(row)].as_py() for row in here}
-            first += batch.num_rows
-    return found
+    known = pq.read_table(path, columns=["id"])["id"]
+    rows = np.flatnonzero(pc.is_in(known, pa.array(ids, pa.string())))
+    return dict(zip(rows.tolist(), known.take(rows).to_pylist(), strict=True))
 
 
 def _erase(corpus_dir: Path, entry: ShardEntry, rows: list[int], manifest: Manifest) -> ShardEntry:
@@ -107,21 +100,15 @@ def _erase(corpus_dir: Path, entry: ShardEntry, rows: list[int], manifest: Manif
         tokens[start : start + n_tokens] = manifest.tokenizer.eos_id
     tokens.flush()
     sizes = pq.read_table(f"{stem}.docs.parquet", columns=["n_bytes"])["n_bytes"]
-    n_bytes = sum(sizes.take(rows).to_pylist())
+    n_bytes = entry.n_bytes - sum(sizes.take(rows).to_pylist())
     _write_without(Path(f"{stem}.docs.parquet"), rows, sidecar)
-    hashes = {".bin": sha256(content), ".docs.parquet": sha256(sidecar)}
-    return replace(
-        entry,
-        n_removed=entry.n_removed + len(rows),
-        n_bytes=entry.n_bytes - n_bytes,
-        sha256=entry.sha256 | hashes,
-    )
+    hashes = entry.sha256 | {".bin": sha256(content), ".docs.parquet": sha256(sidecar)}
+    return replace(entry, n_removed=entry.n_removed + len(rows), n_bytes=n_bytes, sha256=hashes)
 
 
 def _blank_texts(documents: Path, entry: ShardEntry, ids: list[str]) -> None:
     """In the cleaned documents, where they have been kept, so that another tokenizer does not meet them again."""
-    pattern = f"units/{entry.source}/*/{entry.language}.{entry.split}.parquet"
-    for path in sorted(documents.glob(pattern)):
+    for path in sorted(documents.glob(f"units/{entry.source}/*/{entry.language}.{entry.split}.parquet")):
         if rows := sorted(_rows_of(path, ids)):
             beside = path.with_name(f".{path.name}{SUFFIX}")
             _write_without(path, rows, beside)

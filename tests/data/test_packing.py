@@ -14,7 +14,7 @@ from configs.errors import UserError
 from data.loader import Samples
 from data.manifest import Manifest
 from data.order import CYCLE, Phase
-from data.packing import PackedShard, build_packing, pack, packing_path, record_packing
+from data.packing import build_packing, open_packing, pack, packing_path, record_packing
 from model.decoder import IGNORED, next_token_labels
 from tests.data.corpora import EOS, PAD, Ids, write_corpus, write_shard
 
@@ -153,7 +153,7 @@ def test_a_damaged_index_is_told(corpus: Path, damage: str) -> None:
     if damage == "gone":
         path.unlink()
     with pytest.raises(UserError, match=path.name):
-        PackedShard(str(path), crc)
+        open_packing(str(path), crc)
 
 
 def test_an_index_has_its_place_by_shard_length_and_content() -> None:
