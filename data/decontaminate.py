@@ -137,9 +137,9 @@ def _windows(words: Hashes, starts: NDArray[np.int64], length: int) -> tuple[Has
 def _text(place: str, line: bytes, is_json: bool) -> str:
     try:
         text = json.loads(line)["text"] if is_json else line.decode("utf-8-sig")
-        if isinstance(text, str):
-            return text
     except (ValueError, TypeError, KeyError):
-        pass
-    rule = "what is looked for is UTF-8: lines of JSON with a string `text`, or plain lines in files named .txt"
-    raise UserError(f"{place}: {line[:200]!r}", rule, "correct the line, or corpus.decontaminate.against")
+        text = None
+    if not isinstance(text, str):
+        rule = "what is looked for is UTF-8: lines of JSON with a string `text`, or plain lines in files named .txt"
+        raise UserError(f"{place}: {line[:200]!r}", rule, "correct the line, or corpus.decontaminate.against")
+    return text

@@ -93,14 +93,14 @@ def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tu
     _join(best, rank, _alike(spans, _TEXT, is_there))
     goes_as_exact, n_alike = np.zeros(n, bool), np.zeros(n, np.uint32)
     for span in spans.values():
-        goes_as_exact[span] = _heads(best, _rows(span)) != _rows(span)
+        goes_as_exact[span] = _heads(best, np.r_[span]) != np.r_[span]
     for band in range(_FIRST_BAND, len(_read(files[0]))):
         _join(best, rank, _alike(spans, slice(band, band + 1), is_there))
     for span in spans.values():
-        np.add.at(n_alike, _heads(best, _rows(span)), 1)
+        np.add.at(n_alike, _heads(best, np.r_[span]), 1)
     for path, span in spans.items():
         kept = np.flatnonzero(n_alike[span] > 1)
-        near = np.flatnonzero((best[span] != _rows(span)) & ~goes_as_exact[span])
+        near = np.flatnonzero((best[span] != np.r_[span]) & ~goes_as_exact[span])
         yield path, Copies(np.flatnonzero(goes_as_exact[span]), near, kept, n_alike[span][kept].astype(np.int64))
 
 
@@ -115,16 +115,11 @@ def _spans(files: Sequence[Path]) -> tuple[dict[Path, slice], int]:
     return spans, end
 
 
-def _rows(span: slice) -> Rows:
-    return np.arange(span.start, span.stop)
-
-
 def _read(path: Path) -> Hashes:
     try:
-        found: Hashes = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     except (ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from None
-    return found
 
 
 def _damaged(path: Path, found: str) -> UserError:

@@ -57,12 +57,23 @@ def tokenizer_report(
     rows = {}
     for lang, texts in parallel.items():
         n, words, n_bytes = len(ids[lang]), sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
-        rows[lang] = {"words": words, "tokens": n, "fertility": n / words, "parity": float(n / reference)}
-        # Text gives entries and bytes, nothing else.
-        byte_share = 1 - float(np.isin(ids[lang], [*entries]).mean())
-        rows[lang] |= {"bytes_per_token": n_bytes / n, "byte_share": byte_share}
+        rows[lang] = {
+            "words": words,
+            "tokens": n,
+            "fertility": n / words,
+            "parity": float(n / reference),
+            "bytes_per_token": n_bytes / n,
+            # Text gives entries and bytes, nothing else.
+            "byte_share": 1 - float(np.isin(ids[lang], [*entries]).mean()),
+        }
     users = np.bincount(np.concatenate([np.unique(used) for used in ids.values()]))
-    dead = _dead(encoder, entries)
+    offsets, reached = encoder.encode([*entries.values()])
+    is_alive = (np.diff(offsets) == 1) & (reached[offsets[:-1]] == [*entries])
+    dead = [text for text, alive in zip(entries.values(), is_alive, strict=True) if not alive]
+    known = {
+        "trained": any(sha256(file.path) in trained_on for file in _files(cfg.parity_text)),
+        "its languages balanced": cfg.balance is LanguageBalance.parity and not cfg.path,
+    }
     return {
         "text": cfg.parity_text,
         "reference": "English" if "en" in ids else "the mean",
@@ -74,7 +85,9 @@ def tokenizer_report(
         "dead": len(dead),
         "dead_examples": dead[:20],
         "published": _published(cfg.parity_text, rows),
-        "warnings": _warnings(cfg, trained_on),
+        "warnings": [
+            f"{what} on the text that it is measured on: it does worse elsewhere" for what in known if known[what]
+        ],
     }
 
 
@@ -121,19 +134,6 @@ def _published(text: str, languages: Collection[str]) -> dict[str, Any]:
             rows = {lang: dict(zip(("fertility", "parity"), pair, strict=True)) for lang, pair in pairs.items()}
             published[name] = {"source": found["source"], "languages": rows, "together": _together(rows)}
     return published
-
-
-def _dead(encoder: Encoder, entries: Mapping[int, str]) -> list[str]:
-    offsets, ids = encoder.encode(list(entries.values()))
-    is_reached = (np.diff(offsets) == 1) & (ids[offsets[:-1]] == list(entries))
-    return [text for text, reached in zip(entries.values(), is_reached, strict=True) if not reached]
-
-
-def _warnings(cfg: TokenizerConfig, trained_on: Collection[str]) -> list[str]:
-    trained = any(sha256(file.path) in trained_on for file in _files(cfg.parity_text))
-    balanced = cfg.balance is LanguageBalance.parity and not cfg.path
-    facts = {"trained": trained, "its languages balanced": balanced}
-    return [f"{what} on the text that it is measured on: it does worse elsewhere" for what in facts if facts[what]]
 
 
 def _files(path: str) -> list[InputFile]:

@@ -23,6 +23,13 @@ from data.shards import MAGIC, mapped
 PARQUET_ROWS = 128
 """Rows decoded together, fewer where they are long."""
 
+PROBLEMS: dict[type[Exception], str] = {
+    UnicodeDecodeError: "invalid_utf8",
+    UnicodeEncodeError: "lone_surrogate",
+    OverflowError: "text_too_long",
+}
+"""What an error says about a record."""
+
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Codes of Megatron's index for whole numbers; 6 and 7 are floating point."""
@@ -49,15 +56,13 @@ def read_text(source: SourceConfig, file: InputFile) -> Iterator[Record]:
     """The file is one record."""
     with readable(str(file.path)), file.path.open("rb") as handle:
         content = handle.read(files.MAX_RECORD_BYTES + 1)
-    value, problem = None, ""
+    if len(content) > files.MAX_RECORD_BYTES:
+        yield Record(file.name, show(content), "text_too_long")
+        return
     try:
-        if len(content) > files.MAX_RECORD_BYTES:
-            problem = "text_too_long"
-        else:
-            value = {source.text_field: content.decode("utf-8-sig")}
-    except UnicodeDecodeError:
-        problem = "invalid_utf8"
-    yield Record(file.name, show(content) if problem else value, problem)
+        yield Record(file.name, {source.text_field: content.decode("utf-8-sig")})
+    except UnicodeDecodeError as error:
+        yield Record(file.name, show(content), PROBLEMS[type(error)])
 
 
 def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
@@ -89,17 +94,16 @@ def read_megatron(source: SourceConfig, file: InputFile) -> Iterator[Record]:
     control = [i for i in range(len(pieces)) if pieces.is_control(i)]
     try:
         for row, tokens in enumerate(_token_documents(file.path), 1):
-            location, problem = f"{file.name}:{row}", ""
+            value: Any = str(tokens[:50].tolist())
             if len(tokens) > files.MAX_RECORD_BYTES:
                 problem = "text_too_long"
             elif len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(pieces):
                 problem = "token_not_in_vocabulary"
             elif pieces.unk_id() in tokens:
                 problem = "token_unknown"  # whatever stood there is lost
-            if problem:
-                yield Record(location, str(tokens[:50].tolist()), problem)
             else:
-                yield Record(location, {source.text_field: pieces.decode(tokens[~np.isin(tokens, control)].tolist())})
+                problem, value = "", {source.text_field: pieces.decode(tokens[~np.isin(tokens, control)].tolist())}
+            yield Record(f"{file.name}:{row}", value, problem)
     except (OSError, ValueError, struct.error) as error:
         repair = "fetch or write both files again; the format megatron stands for tokens with an index of version 1"
         raise damaged(f"{file.path} with its .idx: {error}", repair) from None
@@ -133,23 +137,18 @@ def show(content: bytes) -> str:
 
 
 def _decode_line(location: str, line: bytes) -> Record:
+    if len(line) > files.MAX_RECORD_BYTES:
+        return Record(location, show(line), "line_too_long")
     try:
-        if len(line) <= files.MAX_RECORD_BYTES:
-            return Record(location, orjson.loads(line))
-        problem = "line_too_long"
+        return Record(location, orjson.loads(line))
     except orjson.JSONDecodeError:
         # Python's own parser takes what orjson refuses: NaN, infinity, and halves of surrogate pairs.
         try:
             value = json.loads(line.decode())
             json.dumps(value, ensure_ascii=False).encode()
             return Record(location, value)
-        except UnicodeDecodeError:
-            problem = "invalid_utf8"
-        except UnicodeEncodeError:
-            problem = "lone_surrogate"
-        except (ValueError, RecursionError):
-            problem = "not_json"
-    return Record(location, show(line), problem)
+        except (ValueError, RecursionError) as error:
+            return Record(location, show(line), PROBLEMS.get(type(error), "not_json"))
 
 
 def _require_columns(path: Path, columns: list[str], source: SourceConfig) -> None:
