@@ -46,10 +46,7 @@ class Finding(NamedTuple):
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:
-    """Texts of evaluations: the `text` of JSON lines, and the lines of .txt files.
-
-    Raises `UserError` where a file is missing or a line is not such an object.
-    """
+    """Texts of evaluations: the `text` of JSON lines, and lines of .txt files; `UserError` where a line is neither."""
     return [
         Item(f"{name}:{number}", _text(f"{name}:{number}", line, is_json=not name.endswith(".txt")))
         for path in paths

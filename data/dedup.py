@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.text import DedupConfig
-from data.minhash import Hashes, text_hashes
+from data.minhash import Hashes, digests, text_hashes
 
 ROWS_AT_ONCE = 1 << 25
 
@@ -52,8 +51,7 @@ def document_hashes(
     source: str, ids: Sequence[str], licences: Sequence[str], texts: Sequence[str], cfg: DedupConfig
 ) -> Hashes:
     """uint64[3, 5 or 19, n]: the columns of some documents of one source. Licences that the config lacks come last."""
-    digests = b"".join(xxhash.xxh3_128_digest(f"{source}\0{doc_id}".encode()) for doc_id in ids)
-    identity = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
+    identity = digests(f"{source}\0{doc_id}".encode() for doc_id in ids)
     places = {licence: place for place, licence in enumerate(cfg.licence_order[:255])}
     tiers = np.array([places.get(licence, 255) for licence in licences], np.uint64)
     rank = tiers << np.uint64(56) | identity[0] >> np.uint64(8)

@@ -74,10 +74,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """Content in blocks of at most 1 MiB, decompressed where the name ends in .gz or .zst.
-
-    Raises `UserError` with the position where a compressed file is damaged or cut off.
-    """
+    """Content in blocks of up to 1 MiB, decompressed by suffix; raises `UserError` where it is damaged or cut off."""
     with readable(str(path)), path.open("rb", buffering=BLOCK_BYTES) as file:
         try:
             for block in _decompressed(file, path.suffix):
@@ -90,10 +87,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines without their line break; one that is too long comes as its first `MAX_RECORD_BYTES` + 1 bytes.
-
-    Raises what `read_blocks` raises.
-    """
+    """Lines of `read_blocks`, without line break; of one that is too long the first `MAX_RECORD_BYTES` + 1 bytes."""
     pieces, n_bytes = [b""], 0
     for block in read_blocks(path):
         first, *others = block.split(b"\n")
@@ -150,9 +144,7 @@ def readable(path: str) -> Iterator[None]:
         ) from None
 
 
-def damaged(
-    found: str, repair: str = "fetch or write the file again, or correct the format of the source"
-) -> UserError:
+def damaged(found: str, repair: str) -> UserError:
     """The error for a file of a source that cannot be read to its end."""
     return UserError(found, "a source is read whole or not at all", repair)
 

@@ -85,7 +85,8 @@ def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
                         row += 1
                         yield Record(f"{file.name}:{row}", value, problem)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(f"{file.path}: {error} (row group {group}, after {row} rows)") from None
+        repair = "fetch or write the file again, or correct the format of the source"
+        raise damaged(f"{file.path}: {error} (row group {group}, after {row} rows)", repair) from None
 
 
 def read_megatron(source: SourceConfig, file: InputFile) -> Iterator[Record]:

@@ -6,6 +6,7 @@ everything, as does one whose robots.txt is none; of several for one host the ne
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -37,10 +38,7 @@ class ListFacts(NamedTuple):
 
 
 def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
-    """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; loads the lists.
-
-    Raises `UserError` where a list is missing or holds what is no entry.
-    """
+    """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; `UserError` for a bad list."""
     ids = {entry for file in _files(cfg.ids) for entry in _lines(file)}
     addresses = {_address(file, entry) for file in _files(cfg.domains) for entry in _lines(file)}
     domains = {host for host, rest in addresses if rest in ("", "/")}
@@ -55,8 +53,11 @@ def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
         host, rest = split_address(document.url)
         if _is_within(host, domains) or any(map(rest.startswith, beginnings.get(host, ()))):
             return "opted_out_domain"
-        may_fetch = host not in rules or _may_fetch(rules[host], f"http://{host}{rest}", agents)
-        return "" if may_fetch else "opted_out_robots"
+        if host in rules:
+            with suppress(ValueError):  # of an address that is none
+                if not all(_parse(rules[host]).can_fetch(f"http://{host}{rest}", agent) for agent in agents):
+                    return "opted_out_robots"
+        return ""
 
     return step
 
@@ -147,10 +148,3 @@ def _decode(line: bytes) -> Robots | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return robots if all(isinstance(value, str) for value in robots) else None
-
-
-def _may_fetch(rules: str, url: str, agents: tuple[str, ...]) -> bool:
-    try:
-        return all(_parse(rules).can_fetch(url, agent) for agent in agents)
-    except ValueError:  # of an address that is none
-        return True
