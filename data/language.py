@@ -19,8 +19,6 @@ from data.sources import Document
 
 SAMPLE_CHARACTERS = 3000
 """A longer text is judged by so much of it, a third each from its beginning, its middle and its end."""
-UNKNOWN = ("", "und")
-"""How a document says that its language is not known."""
 
 
 class Guess(NamedTuple):
@@ -61,21 +59,21 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
         declared = bcp47(document.lang)
         if len(document.text) < cfg.min_characters:
             document.lang = declared
-            return "language_unknown" if declared in UNKNOWN else ""
+            return "language_unknown" if declared in ("", "und") else ""
         guess = first.identify(document.text)
         document.lang_score, document.lang_second = guess.score, guess.second
         if guess.score < cfg.min_score:
             return "language_unsure"
         found = _primary(guess.language)
-        is_disputed = False
+        # What was declared may say more than a model can: pt-BR for pt.
+        is_declared = declared.startswith(f"{guess.language}-")
         if rivals := [group for group in groups if found in group]:
             other = _primary(second.identify(document.text).language)
-            is_disputed = other != found and any(other in group for group in rivals)
-            # What was declared decides between the two: to ask for agreement alone costs half of all Croatian.
-            if is_disputed and _primary(declared) not in (found, other):
-                return "language_disputed"
-        # What was declared may say more than a model can: pt-BR for pt.
-        is_declared = is_disputed or declared.startswith(f"{guess.language}-")
+            if other != found and any(other in group for group in rivals):
+                # What was declared decides between the two: to ask for agreement alone costs half of all Croatian.
+                if _primary(declared) not in (found, other):
+                    return "language_disputed"
+                is_declared = True
         document.lang = declared if is_declared else guess.language
         return ""
 

@@ -61,8 +61,8 @@ def read_text(source: SourceConfig, file: InputFile) -> Iterator[Record]:
         return
     try:
         yield Record(file.name, {source.text_field: content.decode("utf-8-sig")})
-    except UnicodeDecodeError as error:
-        yield Record(file.name, show(content), PROBLEMS[type(error)])
+    except UnicodeDecodeError:
+        yield Record(file.name, show(content), "invalid_utf8")
 
 
 def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
