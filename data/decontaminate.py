@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from data.files import find_files, read_lines
+from data.files import JSONL, find_files, read_lines
 from data.minhash import Hashes, batches, normalise, window_hashes, word_hashes
 
 MIN_WORDS = 8
@@ -50,7 +50,7 @@ def read_items(paths: Iterable[str]) -> list[Item]:
     return [
         Item(f"{name}:{number}", _text(f"{name}:{number}", line, is_json=not name.endswith(".txt")))
         for path in paths
-        for file, name in find_files(path, (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"))
+        for file, name in find_files(path, (*JSONL, ".txt"))
         for number, line in enumerate(read_lines(file), 1)
         if line.strip()
     ]

@@ -24,6 +24,8 @@ from configs.errors import UserError
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 """Folder that holds `data/`: a checkout, or where Marathon is installed. `package:` stands for it."""
 
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
 MAX_RECORD_BYTES = 1 << 26
 """64 MiB, a hundred novels. A longer record is bad: mostly a whole JSON array taken for JSON lines."""
 
