@@ -3,6 +3,7 @@
 import heapq
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from configs.enums import LanguageBalance
 from configs.text import TokenizerConfig
@@ -34,29 +35,30 @@ def _search(words: Mapping[str, Counter[str]], cfg: TokenizerConfig) -> tuple[by
     once more on all words, and so is the first, which stays if it is the better one there.
     """
     parallel = read_parallel(cfg.parity_text, words)
-    # As many as the vocabulary has entries are more than any language can get.
-    frequent = {lang: _most_frequent(counts, cfg.vocab_size) for lang, counts in words.items()}
-    weights = _by_bytes(words, alpha=0.0)
-    tried: list[tuple[int, int, int, dict[str, float]]] = []
+
+    def attempt(words: Mapping[str, Counter[str]], weights: Mapping[str, float]) -> tuple[bytes, dict[str, int], Any]:
+        model = tokenizer.train(_weighted(words, weights), cfg)
+        tokens = {lang: tokenizer.count_tokens(model, texts) for lang, texts in parallel.items()}
+        return model, tokens, (max(tokens.values()), sum(tokens.values()))
+
+    # As many words as the vocabulary has entries are more than any language can get.
+    frequent = {lang: Counter(dict(_most_frequent(counts, cfg.vocab_size))) for lang, counts in words.items()}
+    weights, tried = _by_bytes(words, alpha=0.0), []
     for number in range(1, cfg.parity_rounds + 1):
-        tokens = _count_tokens(tokenizer.train(_weighted(frequent, weights), cfg), parallel)
-        tried.append((*_cost(tokens), number, weights))
+        _, tokens, cost = attempt(frequent, weights)
+        tried.append((cost, number, weights))
         mean, worst = sum(tokens.values()) / len(tokens), max(tokens, key=lambda lang: (tokens[lang], lang))
         print(f"tokenizer: round {number}: {worst} takes {tokens[worst] / mean:.3f} times the mean", flush=True)
         raised = {lang: max(1.0, n / mean) ** RAISED_BY for lang, n in tokens.items()}
         weights = {lang: _rounded(weight * raised.get(lang, 1.0)) for lang, weight in weights.items()}
-    first, best = tried[0], min(tried)
-    ends = [first] if best is first else [first, best]
-    made = [(tokenizer.train(_weighted(words, weights), cfg), weights) for *_, weights in ends]
-    return min(made, key=lambda found: _cost(_count_tokens(found[0], parallel)))
+    ends = [tried[0]] if min(tried) is tried[0] else [tried[0], min(tried)]
+    made = [(*attempt(words, weights), weights) for *_, weights in ends]
+    model, _, _, weights = min(made, key=lambda found: found[2])
+    return model, weights
 
 
-def _count_tokens(model: bytes, parallel: Mapping[str, list[str]]) -> dict[str, int]:
-    return {lang: tokenizer.count_tokens(model, texts) for lang, texts in parallel.items()}
-
-
-def _cost(tokens: Mapping[str, int]) -> tuple[int, int]:
-    return max(tokens.values()), sum(tokens.values())
+def _most_frequent(counts: Counter[str], n: int) -> list[tuple[str, int]]:
+    return heapq.nsmallest(n, counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _by_bytes(words: Mapping[str, Counter[str]], alpha: float) -> dict[str, float]:
@@ -68,10 +70,6 @@ def _by_bytes(words: Mapping[str, Counter[str]], alpha: float) -> dict[str, floa
 
 def _rounded(weight: float) -> float:
     return float(f"{weight:.6g}")  # the last digits of a power are not the same on every machine
-
-
-def _most_frequent(counts: Counter[str], n: int) -> Counter[str]:
-    return Counter(dict(heapq.nsmallest(n, counts.items(), key=lambda item: (-item[1], item[0]))))
 
 
 def _weighted(words: Mapping[str, Counter[str]], weights: Mapping[str, float]) -> Counter[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from data.files import find_files, read_lines
+from data.files import JSONL, find_files, read_lines
 from data.minhash import Hashes, batches, normalise, window_hashes, word_hashes
 
 MIN_WORDS = 8
@@ -46,14 +46,11 @@ class Finding(NamedTuple):
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:
-    """Texts of evaluations: the `text` of JSON lines, and the lines of .txt files.
-
-    Raises `UserError` where a file is missing or a line is not such an object.
-    """
+    """Texts of evaluations: the `text` of JSON lines, and lines of .txt files; `UserError` where a line is neither."""
     return [
         Item(f"{name}:{number}", _text(f"{name}:{number}", line, is_json=not name.endswith(".txt")))
         for path in paths
-        for file, name in find_files(path, (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"))
+        for file, name in find_files(path, (*JSONL, ".txt"))
         for number, line in enumerate(read_lines(file), 1)
         if line.strip()
     ]
@@ -137,9 +134,9 @@ def _windows(words: Hashes, starts: NDArray[np.int64], length: int) -> tuple[Has
 def _text(place: str, line: bytes, is_json: bool) -> str:
     try:
         text = json.loads(line)["text"] if is_json else line.decode("utf-8-sig")
-        if isinstance(text, str):
-            return text
     except (ValueError, TypeError, KeyError):
-        pass
-    rule = "what is looked for is UTF-8: lines of JSON with a string `text`, or plain lines in files named .txt"
-    raise UserError(f"{place}: {line[:200]!r}", rule, "correct the line, or corpus.decontaminate.against")
+        text = None
+    if not isinstance(text, str):
+        rule = "what is looked for is UTF-8: lines of JSON with a string `text`, or plain lines in files named .txt"
+        raise UserError(f"{place}: {line[:200]!r}", rule, "correct the line, or corpus.decontaminate.against")
+    return text

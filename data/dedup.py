@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.text import DedupConfig
-from data.minhash import Hashes, text_hashes
+from data.minhash import Hashes, digests, text_hashes
 
 ROWS_AT_ONCE = 1 << 25
 
@@ -52,8 +51,7 @@ def document_hashes(
     source: str, ids: Sequence[str], licences: Sequence[str], texts: Sequence[str], cfg: DedupConfig
 ) -> Hashes:
     """uint64[3, 5 or 19, n]: the columns of some documents of one source. Licences that the config lacks come last."""
-    digests = b"".join(xxhash.xxh3_128_digest(f"{source}\0{doc_id}".encode()) for doc_id in ids)
-    identity = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
+    identity = digests(f"{source}\0{doc_id}".encode() for doc_id in ids)
     places = {licence: place for place, licence in enumerate(cfg.licence_order[:255])}
     tiers = np.array([places.get(licence, 255) for licence in licences], np.uint64)
     rank = tiers << np.uint64(56) | identity[0] >> np.uint64(8)
@@ -93,14 +91,14 @@ def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tu
     _join(best, rank, _alike(spans, _TEXT, is_there))
     goes_as_exact, n_alike = np.zeros(n, bool), np.zeros(n, np.uint32)
     for span in spans.values():
-        goes_as_exact[span] = _heads(best, _rows(span)) != _rows(span)
+        goes_as_exact[span] = _heads(best, np.r_[span]) != np.r_[span]
     for band in range(_FIRST_BAND, len(_read(files[0]))):
         _join(best, rank, _alike(spans, slice(band, band + 1), is_there))
     for span in spans.values():
-        np.add.at(n_alike, _heads(best, _rows(span)), 1)
+        np.add.at(n_alike, _heads(best, np.r_[span]), 1)
     for path, span in spans.items():
         kept = np.flatnonzero(n_alike[span] > 1)
-        near = np.flatnonzero((best[span] != _rows(span)) & ~goes_as_exact[span])
+        near = np.flatnonzero((best[span] != np.r_[span]) & ~goes_as_exact[span])
         yield path, Copies(np.flatnonzero(goes_as_exact[span]), near, kept, n_alike[span][kept].astype(np.int64))
 
 
@@ -115,16 +113,11 @@ def _spans(files: Sequence[Path]) -> tuple[dict[Path, slice], int]:
     return spans, end
 
 
-def _rows(span: slice) -> Rows:
-    return np.arange(span.start, span.stop)
-
-
 def _read(path: Path) -> Hashes:
     try:
-        found: Hashes = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     except (ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from None
-    return found
 
 
 def _damaged(path: Path, found: str) -> UserError:

@@ -13,7 +13,7 @@ import yaml
 from configs.enums import LanguageBalance
 from configs.errors import UserError
 from configs.text import TokenizerConfig
-from data.files import PACKAGE_ROOT, InputFile, find_files, read_lines, sha256
+from data.files import JSONL, PACKAGE_ROOT, find_files, read_lines, sha256
 from data.tokenizer import Encoder
 
 PUBLISHED = PACKAGE_ROOT / "data" / "fertility.yaml"
@@ -27,7 +27,7 @@ def read_parallel(path: str, languages: Iterable[str] = ()) -> dict[str, list[st
     Raises `UserError` for text in another form, or in fewer than two of the languages.
     """
     texts: dict[str, dict[str, str]] = defaultdict(dict)
-    for line in (line for file in _files(path) for line in read_lines(file.path)):
+    for line in (line for file in find_files(path, JSONL) for line in read_lines(file.path)):
         try:
             row = json.loads(line)
             texts[row["lang"]][str(row["article"])] = row["text"]
@@ -57,12 +57,22 @@ def tokenizer_report(
     rows = {}
     for lang, texts in parallel.items():
         n, words, n_bytes = len(ids[lang]), sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
-        rows[lang] = {"words": words, "tokens": n, "fertility": n / words, "parity": float(n / reference)}
-        # Text gives entries and bytes, nothing else.
-        byte_share = 1 - float(np.isin(ids[lang], [*entries]).mean())
-        rows[lang] |= {"bytes_per_token": n_bytes / n, "byte_share": byte_share}
+        rows[lang] = {
+            "words": words,
+            "tokens": n,
+            "fertility": n / words,
+            "parity": float(n / reference),
+            "bytes_per_token": n_bytes / n,
+            # Text gives entries and bytes, nothing else.
+            "byte_share": 1 - float(np.isin(ids[lang], [*entries]).mean()),
+        }
     users = np.bincount(np.concatenate([np.unique(used) for used in ids.values()]))
-    dead = _dead(encoder, entries)
+    offsets, reached = encoder.encode([*entries.values()])
+    is_alive = (np.diff(offsets) == 1) & (reached[offsets[:-1]] == [*entries])
+    dead = [text for text, alive in zip(entries.values(), is_alive, strict=True) if not alive]
+    trained = any(sha256(file.path) in trained_on for file in find_files(cfg.parity_text, JSONL))
+    balanced = cfg.balance is LanguageBalance.parity and not cfg.path
+    known = ["trained"] * trained + ["its languages balanced"] * balanced
     return {
         "text": cfg.parity_text,
         "reference": "English" if "en" in ids else "the mean",
@@ -74,7 +84,7 @@ def tokenizer_report(
         "dead": len(dead),
         "dead_examples": dead[:20],
         "published": _published(cfg.parity_text, rows),
-        "warnings": _warnings(cfg, trained_on),
+        "warnings": [f"{what} on the text that it is measured on: it does worse elsewhere" for what in known],
     }
 
 
@@ -121,23 +131,6 @@ def _published(text: str, languages: Collection[str]) -> dict[str, Any]:
             rows = {lang: dict(zip(("fertility", "parity"), pair, strict=True)) for lang, pair in pairs.items()}
             published[name] = {"source": found["source"], "languages": rows, "together": _together(rows)}
     return published
-
-
-def _dead(encoder: Encoder, entries: Mapping[int, str]) -> list[str]:
-    offsets, ids = encoder.encode(list(entries.values()))
-    is_reached = (np.diff(offsets) == 1) & (ids[offsets[:-1]] == list(entries))
-    return [text for text, reached in zip(entries.values(), is_reached, strict=True) if not reached]
-
-
-def _warnings(cfg: TokenizerConfig, trained_on: Collection[str]) -> list[str]:
-    trained = any(sha256(file.path) in trained_on for file in _files(cfg.parity_text))
-    balanced = cfg.balance is LanguageBalance.parity and not cfg.path
-    facts = {"trained": trained, "its languages balanced": balanced}
-    return [f"{what} on the text that it is measured on: it does worse elsewhere" for what in facts if facts[what]]
-
-
-def _files(path: str) -> list[InputFile]:
-    return find_files(path, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
 
 
 def _unfit(path: str, found: str) -> UserError:

@@ -13,6 +13,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,6 +23,8 @@ from configs.errors import UserError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 """Folder that holds `data/`: a checkout, or where Marathon is installed. `package:` stands for it."""
+
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 MAX_RECORD_BYTES = 1 << 26
 """64 MiB, a hundred novels. A longer record is bad: mostly a whole JSON array taken for JSON lines."""
@@ -38,7 +41,7 @@ _REPAIRS = {
 }
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".gz": partial(zlib.decompressobj, wbits=31),
     # Archives made with `zstd --long` need windows above the default limit of 128 MiB.
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
@@ -59,26 +62,21 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     target = PACKAGE_ROOT / path.removeprefix("package:") if path.startswith("package:") else Path(path)
     with readable(path):
         if any(c in path for c in "*?["):
-            root, parts = _split_at_first_wildcard(target)
-            found = _expand(root, parts)
+            first = next(i for i, part in enumerate(target.parts) if any(c in part for c in "*?["))
+            root = Path(*target.parts[:first])
+            found = [p for p in _below(root, target.parts[first:]) if p.is_file()]
         elif stat.S_ISDIR(os.stat(target).st_mode):
-            root, found = target, [p for p in _walk(target) if p.name.endswith(suffixes)]
+            root, found = target, [p for p in _below(target, ("**", "*")) if p.name.endswith(suffixes)]
         else:
             root, found = target.parent, [target]
     if not found:
-        raise UserError(
-            f"{path}: no file",
-            f"a source has at least one file; in a folder its name ends in {' or '.join(suffixes)}",
-            "correct the path, or the format of the source",
-        )
+        rule = f"a source has at least one file; in a folder its name ends in {' or '.join(suffixes)}"
+        raise UserError(f"{path}: no file", rule, "correct the path, or the format of the source")
     return [InputFile(p, p.relative_to(root).as_posix()) for p in sorted(set(found))]
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """Content in blocks of at most 1 MiB, decompressed where the name ends in .gz or .zst.
-
-    Raises `UserError` with the position where a compressed file is damaged or cut off.
-    """
+    """Content in blocks of up to 1 MiB, decompressed by suffix; raises `UserError` where it is damaged or cut off."""
     with readable(str(path)), path.open("rb", buffering=BLOCK_BYTES) as file:
         try:
             for block in _decompressed(file, path.suffix):
@@ -86,18 +84,12 @@ def read_blocks(path: Path) -> Iterator[bytes]:
                 for start in range(0, len(block), BLOCK_BYTES):
                     yield block[start : start + BLOCK_BYTES]
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
-            raise UserError(
-                f"{path}: {error}, at or before byte {file.tell()}",
-                "a source is read whole or not at all",
-                f"fetch or write the file again; `{'zstd' if path.suffix == '.zst' else 'gzip'} -t` checks it",
-            ) from None
+            repair = f"fetch or write the file again; `{'zstd' if path.suffix == '.zst' else 'gzip'} -t` checks it"
+            raise damaged(f"{path}: {error}, at or before byte {file.tell()}", repair) from None
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines without their line break; one that is too long comes as its first `MAX_RECORD_BYTES` + 1 bytes.
-
-    Raises what `read_blocks` raises.
-    """
+    """Lines of `read_blocks`, without line break; of one that is too long the first `MAX_RECORD_BYTES` + 1 bytes."""
     pieces, n_bytes = [b""], 0
     for block in read_blocks(path):
         first, *others = block.split(b"\n")
@@ -154,49 +146,44 @@ def readable(path: str) -> Iterator[None]:
         ) from None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    # Path.rglob and glob pass over folders that may not be read; a part of the corpus would be gone unseen.
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _walk(Path(entry.path))
-        else:
-            yield Path(entry.path)
+def damaged(found: str, repair: str) -> UserError:
+    """The error for a file of a source that cannot be read to its end."""
+    return UserError(found, "a source is read whole or not at all", repair)
 
 
-def _expand(root: Path, parts: tuple[str, ...]) -> list[Path]:
-    if not parts:
-        return [root] if root.is_file() else []
-    head, rest = parts[0], parts[1:]
-    if head == "**":
-        below = [Path(e.path) for e in _entries(root) if e.is_dir()]
-        return _expand(root, rest) + [p for folder in below for p in _expand(folder, parts)]
-    matches = [e for e in _entries(root) if fnmatch.fnmatchcase(e.name, head)]
-    return [p for e in matches if e.is_dir() or not rest for p in _expand(Path(e.path), rest)]
+def _below(folder: Path, pattern: tuple[str, ...]) -> Iterator[Path]:
+    """What the parts of a pattern lead to: entries that are no folders, and are not hidden.
 
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    Path.rglob and glob pass over folders that may not be read; a part of the corpus would be gone unseen.
+    """
+    if not pattern:
+        return
     with os.scandir(folder) as entries:
-        return [e for e in entries if not e.name.startswith(".")]
-
-
-def _split_at_first_wildcard(path: Path) -> tuple[Path, tuple[str, ...]]:
-    first = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
-    return Path(*path.parts[:first]), path.parts[first:]
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    part, rest = pattern[0], pattern[1:]
+    if part == "**":  # no folder, or any one with this again below it
+        yield from _below(folder, rest)
+        rest = pattern
+    for entry in visible:
+        if fnmatch.fnmatchcase(entry.name, part):
+            if entry.is_dir():
+                yield from _below(Path(entry.path), rest)
+            elif not rest:
+                yield Path(entry.path)
 
 
 def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     """Blocks of content. A file may hold several frames; the last must be whole, which libraries do not check."""
     fresh = _DECOMPRESSORS.get(suffix)
-    stream, n_frames = None, 0
-    while chunk := file.read(PIECE_BYTES if fresh else BLOCK_BYTES):
-        if fresh is None:
-            yield chunk
-            continue
+    if fresh is None:
+        yield from iter(partial(file.read, BLOCK_BYTES), b"")
+        return
+    stream, is_whole = fresh(), False
+    while chunk := file.read(PIECE_BYTES):
         while chunk:
-            stream = stream or fresh()
             yield stream.decompress(chunk)
-            chunk = stream.unused_data if stream.eof else b""
-            if stream.eof:
-                stream, n_frames = None, n_frames + 1
-    if fresh is not None and (stream is not None or n_frames == 0):
+            is_whole = stream.eof
+            chunk = stream.unused_data if is_whole else b""
+            stream = fresh() if is_whole else stream
+    if not is_whole:
         raise EOFError("the compressed file is cut off")

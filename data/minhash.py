@@ -18,7 +18,8 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def text_hashes(texts: Sequence[str], near: bool) -> Hashes:
     blocks = [np.zeros((2 + near * N_BANDS, 0), np.uint64)]
     for batch in batches(texts):
         codes, starts = _codes(batch)
-        exact = _exact_hashes(codes, starts)
+        spaced, places = _spaced(codes, starts)
+        exact = digests(spaced[a : max(a, b - 1)].data for a, b in pairwise(places.tolist()))
         blocks.append(np.concatenate([exact, _bands(*_words(codes, starts))]) if near else exact)
     return np.concatenate(blocks, axis=1)
 
@@ -61,6 +63,12 @@ def normalise(text: str) -> str:
     """The words of a text with one space between."""
     codes, starts = _spaced(*_codes([text]))
     return codes[: starts[1]].tobytes().decode("utf-32-le", "surrogatepass").rstrip()
+
+
+def digests(parts: Iterable[bytes | memoryview]) -> Hashes:
+    """uint64[2, n]: xxh3-128 of each part, the high half first."""
+    joined = b"".join(map(xxhash.xxh3_128_digest, parts))
+    return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2).T
 
 
 def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -92,7 +100,7 @@ _M, _B, _FACTORS, _SUMMANDS = _CONSTANTS[0], _CONSTANTS[1], _CONSTANTS[2 : 2 + _
 _POWERS = np.cumprod(np.append(np.uint64(1), np.full(4095, _B)), dtype=np.uint64)
 
 
-@lru_cache(1)
+@cache
 def _code_table() -> Codes:
     """Code point → itself where it is part of words, else 0."""
     table = np.zeros(sys.maxunicode + 1, np.uint32)
@@ -117,13 +125,6 @@ def _spaced(codes: Codes, starts: Places) -> tuple[Codes, Places]:
     kept = codes[is_kept]
     kept[kept == 0] = ord(" ")
     return kept, np.append(0, np.cumsum(is_kept))[starts]
-
-
-def _exact_hashes(codes: Codes, starts: Places) -> Hashes:
-    kept, starts = _spaced(codes, starts)
-    spans = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-    digests = b"".join(xxhash.xxh3_128_digest(kept[a : max(a, b - 1)].data) for a, b in spans)
-    return np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
 
 
 def _words(codes: Codes, starts: Places) -> tuple[Hashes, Places]:

@@ -8,6 +8,7 @@ goes first, and only lines where it hits are looked at.
 import importlib
 import ipaddress
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,6 @@ from data.sources import Document
 
 Spans = Iterator[tuple[int, int]]
 """Where items begin and end in a text."""
-Identifier = tuple[Callable[[str], bool], re.Pattern[str]]
-"""Whether one is valid, and words that say what it is."""
 
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _TABLE["patterns"].items()}
@@ -165,16 +164,15 @@ def _words(words: list[str]) -> str:
 
 
 @cache
-def _identifiers() -> list[tuple[re.Pattern[str], list[Identifier]]]:
-    """What identifiers look like, and which look so; words of those that need none are an empty pattern."""
-    shapes: dict[str, list[Identifier]] = {}
+def _identifiers() -> list[tuple[re.Pattern[str], list[tuple[Callable[[str], bool], re.Pattern[str]]]]]:
+    """By shape: whether one that looks so is valid, and words that say what it is, empty where it needs none."""
+    shapes: dict[str, list[Any]] = defaultdict(list)
     for entry in _TABLE["national_id"]:
         is_valid = importlib.import_module(f"stdnum.{entry['module']}").is_valid
         for shape in entry.get("strong", []):
-            shapes.setdefault(_shape(shape, ""), []).append((is_valid, re.compile("")))
+            shapes[_shape(shape, "")].append((is_valid, re.compile("")))
         for shape in entry.get("shapes", []):
-            words = re.compile(_words(entry["words"]))
-            shapes.setdefault(_shape(shape, "[ \u00a0\u202f./-]?"), []).append((is_valid, words))
+            shapes[_shape(shape, "[ \u00a0\u202f./-]?")].append((is_valid, re.compile(_words(entry["words"]))))
     return [(re.compile(shape), identifiers) for shape, identifiers in shapes.items()]
 
 

@@ -6,7 +6,7 @@ another one would reject it for what it is.
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -136,24 +136,23 @@ def derive(documents: Mapping[str, Sequence[Document]], min_documents: int = MIN
     """
     for language, members in documents.items():
         if len(members) < min_documents:
-            raise UserError(
-                f"{len(members)} documents of reference text in {language}",
-                f"limits from fewer than {min_documents} documents would be chance",
-                "more reference text, or leave this language out: it is not filtered then",
-            )
-    return {language: _derive(members) for language, members in sorted(documents.items())}
+            found = f"{len(members)} documents of reference text in {language}"
+            repair = "more reference text, or leave this language out: it is not filtered then"
+            raise UserError(found, f"limits from fewer than {min_documents} documents would be chance", repair)
+    return {language: _limits(members) for language, members in sorted(documents.items())}
 
 
 def read_thresholds(path: str) -> dict[str, Limits]:
     """Limits by language from a YAML as `save_thresholds` writes it; raises `UserError`."""
     file = find_files(path, (".yaml",))[0].path
+    rule = "by language: documents, stop_words, and limits as {heuristic: [lowest, highest]}"
     try:
         found = {language: Limits(**entry) for language, entry in yaml.safe_load(file.read_bytes()).items()}
-        wrong = {name for entry in found.values() for name, (_, _) in entry.limits.items() if name not in BOUNDS}
+        names = {name for entry in found.values() for name, (_, _) in entry.limits.items()}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}", _RULE, "derive it again, or correct it") from None
-    if wrong:
-        raise UserError(f"{path}: {', '.join(sorted(wrong))}", _RULE, f"heuristics are {', '.join(BOUNDS)}")
+        raise UserError(f"{path}: {error}", rule, "derive it again, or correct it") from None
+    if wrong := sorted(names - BOUNDS.keys()):
+        raise UserError(f"{path}: {', '.join(wrong)}", rule, f"heuristics are {', '.join(BOUNDS)}")
     return found
 
 
@@ -164,7 +163,6 @@ def save_thresholds(found: Mapping[str, Limits], path: Path, header: Iterable[st
     write_whole(path, "".join(f"# {line}\n" for line in header) + body)
 
 
-_RULE = "by language: documents, stop_words, and limits as {heuristic: [lowest, highest]}"
 _KEPT = {"uncurl_quotes": False, "fix_latin_ligatures": False, "fix_character_width": False, "unescape_html": False}
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DAMAGED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u206a-\u206f\ufeff\ufff9-\ufffc]")
@@ -175,9 +173,7 @@ def _repeated_ngrams(words: list[str]) -> dict[str, int]:
 
     A longer n-gram can be repeated only where a shorter one is: most texts are done after a few rounds.
     """
-    found = dict.fromkeys(
-        [f"top_{n}_grams" for n in TOP_NGRAMS] + [f"duplicate_{n}_grams" for n in DUPLICATE_NGRAMS], 0
-    )
+    found = {name: 0 for name in BOUNDS if name.endswith("_grams")}
     ends = [0, *accumulate(map(len, words))]
     places: Sequence[int] = range(len(words))
     names: Sequence[Any] = words
@@ -207,24 +203,18 @@ def _covered(places: Sequence[int], names: Sequence[int], n: int, ends: list[int
     return total
 
 
-def _derive(documents: Sequence[Document]) -> Limits:
-    stop_words = _stop_words(documents)
-    rows = [measure(document, stop_words) for document in documents]
-    limits = {}
+def _limits(documents: Sequence[Document]) -> Limits:
+    words: dict[str, Counter[str]] = defaultdict(Counter)
+    for document in documents:
+        words[document.source].update(filter(str.isalpha, document.text.lower().split()))
+    totals = [(counts, counts.total()) for counts in words.values()]
+    shares = {word: min(counts[word] / total for counts, total in totals) for word in totals[0][0]}
+    frequent = [word for word in sorted(shares, key=lambda w: (-shares[w], w)) if shares[word] >= MIN_STOP_WORD_SHARE]
+    found = Limits(len(documents), frequent[:MAX_STOP_WORDS], {})
+    rows = [measure(document, found.stop_words) for document in documents]
     for name, bounds in BOUNDS.items():
         ends = np.quantile([row[name] for row in rows], (TAIL, 1 - TAIL))
-        limits[name] = [round(float(np.clip(end, *bound)), 3) for end, bound in zip(ends, bounds, strict=True)]
+        found.limits[name] = [round(float(np.clip(end, *bound)), 3) for end, bound in zip(ends, bounds, strict=True)]
         if name == "words":  # what is too short already has no say in the rest
-            rows = [row for row in rows if row[name] >= limits[name][0]]
-    return Limits(len(documents), stop_words, limits)
-
-
-def _stop_words(documents: Sequence[Document]) -> list[str]:
-    by_source: dict[str, Counter[str]] = {}
-    for document in documents:
-        words = (word for word in document.text.lower().split() if word.isalpha())
-        by_source.setdefault(document.source, Counter()).update(words)
-    totals = [(counts, counts.total()) for counts in by_source.values()]
-    shares = {word: min(counts[word] / total for counts, total in totals) for word in totals[0][0]}
-    frequent = sorted((word for word in shares if shares[word] >= MIN_STOP_WORD_SHARE), key=lambda w: (-shares[w], w))
-    return frequent[:MAX_STOP_WORDS]
+            rows = [row for row in rows if row[name] >= found.limits[name][0]]
+    return found

@@ -6,6 +6,7 @@ everything, as does one whose robots.txt is none; of several for one host the ne
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ _ADDRESS = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?(\[[^]]*\
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 # Protego forgives some misspellings of "disallow". What has none of them permits everything: half of all files.
 _DISALLOWS = re.compile(r"dis+al|diasl", re.IGNORECASE)
+_parse = lru_cache(maxsize=4096)(Protego.parse)
 _SITEMAP_OR_COMMENT = re.compile(r"^[ \t]*(?:#|sitemap).*\n?", re.IGNORECASE | re.MULTILINE)
 
 
@@ -36,12 +38,9 @@ class ListFacts(NamedTuple):
 
 
 def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
-    """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; loads the lists.
-
-    Raises `UserError` where a list is missing or holds what is no entry.
-    """
-    ids = {entry for file in _files(cfg.ids) for entry in _entries(file)}
-    addresses = {_address(file, entry) for file in _files(cfg.domains) for entry in _entries(file)}
+    """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; `UserError` for a bad list."""
+    ids = {entry for file in _files(cfg.ids) for entry in _lines(file)}
+    addresses = {_address(file, entry) for file in _files(cfg.domains) for entry in _lines(file)}
     domains = {host for host, rest in addresses if rest in ("", "/")}
     beginnings: dict[str, list[str]] = {}
     for host, rest in addresses:
@@ -54,9 +53,11 @@ def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
         host, rest = split_address(document.url)
         if _is_within(host, domains) or any(map(rest.startswith, beginnings.get(host, ()))):
             return "opted_out_domain"
-        return (
-            "" if host not in rules or _may_fetch(rules[host], f"http://{host}{rest}", agents) else "opted_out_robots"
-        )
+        if host in rules:
+            with suppress(ValueError):  # of an address that is none
+                if not all(_parse(rules[host]).can_fetch(f"http://{host}{rest}", agent) for agent in agents):
+                    return "opted_out_robots"
+        return ""
 
     return step
 
@@ -65,8 +66,8 @@ def list_facts(cfg: OptOutConfig) -> list[ListFacts]:
     """What is to be told of each list of the config, read for that; a date is one in a comment, or of a robots.txt."""
     facts = []
     for file in _files([*cfg.domains, *cfg.ids]):
-        comments = (line for line in _lines(file) if line.startswith("#"))
-        facts.append(ListFacts(file.name, sha256(file.path), _newest(comments), sum(1 for _ in _entries(file)), 0))
+        date, n_entries = _newest(_lines(file, comments=True)), sum(1 for _ in _lines(file))
+        facts.append(ListFacts(file.name, sha256(file.path), date, n_entries, 0))
     for file in _files(cfg.robots):
         dates = [robots and robots.date for robots in _robots(file)]
         n_bad = dates.count(None)
@@ -88,16 +89,15 @@ def _files(paths: Iterable[str]) -> list[InputFile]:
     return [file for path in paths for file in find_files(path, ("",))]
 
 
-def _lines(file: InputFile) -> Iterator[str]:
+def _lines(file: InputFile, comments: bool = False) -> Iterator[str]:
+    """Entries of a list, or its comments."""
     for line in read_lines(file.path):
         try:
-            yield line.decode().strip()
+            text = line.decode().strip()
         except UnicodeDecodeError:
             raise UserError(f"{file.path}: {line[:100]!r}", "a list is text in UTF-8", "write it so") from None
-
-
-def _entries(file: InputFile) -> Iterator[str]:
-    return (line for line in _lines(file) if line and not line.startswith("#"))
+        if text and text.startswith("#") == comments:
+            yield text
 
 
 def _newest(texts: Iterable[str]) -> str:
@@ -124,9 +124,9 @@ def _rules(paths: tuple[str, ...]) -> dict[str, str]:
     newest: dict[str, tuple[str, str]] = {}
     shared: dict[str, str] = {}
     for robots in filter(None, (robots for file in _files(paths) for robots in _robots(file))):
-        rules = (
-            _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff")) if _DISALLOWS.search(robots.text) else ""
-        )
+        rules = ""
+        if _DISALLOWS.search(robots.text):
+            rules = _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff"))
         host, dated = split_address(robots.url)[0], (robots.date, shared.setdefault(rules, rules))
         newest[host] = max(newest.get(host, dated), dated)
     return {host: rules for host, (_, rules) in newest.items() if rules}
@@ -148,15 +148,3 @@ def _decode(line: bytes) -> Robots | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return robots if all(isinstance(value, str) for value in robots) else None
-
-
-def _may_fetch(rules: str, url: str, agents: tuple[str, ...]) -> bool:
-    try:
-        return all(_parse(rules).can_fetch(url, agent) for agent in agents)
-    except ValueError:  # of an address that is none
-        return True
-
-
-@lru_cache(maxsize=4096)
-def _parse(rules: str) -> Protego:
-    return Protego.parse(rules)

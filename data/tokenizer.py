@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import decoders, models, normalizers, processors
 
 from configs.errors import UserError
@@ -47,7 +47,7 @@ def train(words: Counter[str], cfg: TokenizerConfig) -> bytes:
     """
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        SentencePieceTrainer.train(
             sentence_iterator=(f"{word}\t{n}" for word, n in sorted(words.items())),
             input_format="tsv",
             model_writer=model,
@@ -72,7 +72,7 @@ def train(words: Counter[str], cfg: TokenizerConfig) -> bytes:
 
 def count_tokens(model: bytes, texts: list[str]) -> int:
     """Tokens of all texts together."""
-    return sum(map(len, sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts)))
+    return sum(map(len, SentencePieceProcessor(model_proto=model).encode(texts)))
 
 
 def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> None:
@@ -80,26 +80,18 @@ def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> No
 
     Raises `UserError` where the model is not of the kind this can be said of, or lacks one of `special_tokens`.
     """
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = SentencePieceProcessor(model_proto=model)
     declared, learned = _entries(pieces)
     _require_lossless_bpe(pieces, declared, learned)
     if lacking := sorted(set(special_tokens) - set(declared)):
-        raise UserError(
-            f"tokenizer.path: a model without {' '.join(lacking)}; it has {' '.join(declared) or 'none of its own'}",
-            "tokenizer.special_tokens are tokens of their own in the model that is used",
-            "train one (tokenizer.path= empty), or take them out of tokenizer.special_tokens",
-        )
-    bos, eos = pieces.id_to_piece(pieces.bos_id()), pieces.id_to_piece(pieces.eos_id())
-    pad = pieces.id_to_piece(pieces.pad_id()) if pieces.pad_id() >= 0 else eos
-    unk = pieces.id_to_piece(pieces.unk_id())
+        found = f"tokenizer.path: a model without {' '.join(lacking)}; it has {' '.join(declared) or 'none of its own'}"
+        rule = "tokenizer.special_tokens are tokens of their own in the model that is used"
+        repair = "train one (tokenizer.path= empty), or take them out of tokenizer.special_tokens"
+        raise UserError(found, rule, repair)
+    bos, eos, unk = pieces.id_to_piece([pieces.bos_id(), pieces.eos_id(), pieces.unk_id()])
+    vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     fast = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={pieces.id_to_piece(i): i for i in range(len(pieces))},
-            merges=_merges(learned),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(vocab=vocab, merges=_merges(learned), unk_token=unk, fuse_unk=True, byte_fallback=True)
     )
     fast.normalizer = normalizers.Replace(" ", SPACE_MARK)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -113,7 +105,7 @@ def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> No
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,
-        "pad_token": pad,
+        "pad_token": pieces.id_to_piece(pieces.pad_id()) if pieces.pad_id() >= 0 else eos,
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
         # Text that spells a control token is text: no document can end itself.
@@ -139,7 +131,7 @@ class Encoder:
 
         # Not by path: one that is not there would be asked of a hub.
         self._bulk = gigatoken.Tokenizer.from_json(read_model(str(folder / FAST)))
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=read_model(str(folder / MODEL)))
+        self._pieces = SentencePieceProcessor(model_proto=read_model(str(folder / MODEL)))
         self.vocab_size: int = len(self._pieces)
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
@@ -181,26 +173,19 @@ class Encoder:
 
 
 def _vocabulary_error(error: RuntimeError, cfg: TokenizerConfig) -> UserError:
-    text = str(error)
-    found = f"tokenizer.vocab_size = {cfg.vocab_size}"
+    text, found = str(error), f"tokenizer.vocab_size = {cfg.vocab_size}"
     if largest := re.search(r"too high .* value <= (\d+)", text):
-        return UserError(
-            found,
-            f"the training text gives at most {largest[1]} pieces",
-            f"tokenizer.vocab_size={largest[1]} or less, or more text" if int(largest[1]) > 300 else "more text",
-        )
+        repair = f"tokenizer.vocab_size={largest[1]} or less, or more text" if int(largest[1]) > 300 else "more text"
+        return UserError(found, f"the training text gives at most {largest[1]} pieces", repair)
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
-        return UserError(
-            found,
-            f"specials, bytes and single characters alone take {needed[1]} entries",
-            f"tokenizer.vocab_size={int(needed[1]) * 2} or a lower tokenizer.character_coverage",
-        )
+        repair = f"tokenizer.vocab_size={int(needed[1]) * 2} or a lower tokenizer.character_coverage"
+        return UserError(found, f"specials, bytes and single characters alone take {needed[1]} entries", repair)
     if "sentences_.empty()" in text:
         return UserError("no text to train the tokenizer on", "it is trained on the training split", "add documents")
     raise error
 
 
-def _entries(pieces: sentencepiece.SentencePieceProcessor) -> tuple[list[str], list[str]]:
+def _entries(pieces: SentencePieceProcessor) -> tuple[list[str], list[str]]:
     """Special tokens, which sentencepiece numbers before the bytes, and learned pieces, which come after them."""
     has_role = [pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i) for i in range(len(pieces))]
     ids, first_byte = [i for i, found in enumerate(has_role) if not found], pieces.piece_to_id("<0x00>")
@@ -208,22 +193,20 @@ def _entries(pieces: sentencepiece.SentencePieceProcessor) -> tuple[list[str], l
     return pieces.id_to_piece(declared), pieces.id_to_piece(learned)
 
 
-def _require_lossless_bpe(
-    pieces: sentencepiece.SentencePieceProcessor, declared: list[str], learned: list[str]
-) -> None:
-    # BPE numbers its pieces by rank: their scores are 0, -1, -2, …; those of other models are probabilities.
-    scores = [pieces.get_score(i) for i in pieces.piece_to_id(learned)]
-    is_bpe = scores == [-float(rank) for rank in range(len(learned))]
-    has_prefix = pieces.id_to_piece(pieces.encode("x")[0]).startswith(SPACE_MARK)
-    is_lossless = not has_prefix and pieces.decode(pieces.encode(_PROBE)) == _PROBE
-    has_bytes = all(pieces.is_byte(pieces.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256))
-    has_ends = pieces.bos_id() >= 0 and pieces.eos_id() >= 0
-    # sentencepiece looks for them after it has changed spaces, others before.
-    is_plain = not any(space in token for token in declared for space in (" ", SPACE_MARK))
-    if not (is_bpe and is_lossless and has_bytes and has_ends and is_plain):
+def _require_lossless_bpe(pieces: SentencePieceProcessor, declared: list[str], learned: list[str]) -> None:
+    facts = {
+        # BPE numbers its pieces by rank; scores of other models are probabilities.
+        "BPE": [pieces.get_score(i) for i in pieces.piece_to_id(learned)] == [-float(i) for i in range(len(learned))],
+        "text kept as it is": pieces.decode(pieces.encode(_PROBE)) == _PROBE
+        and not pieces.id_to_piece(pieces.encode("x")[0]).startswith(SPACE_MARK),
+        "byte fallback": all(pieces.is_byte(pieces.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)),
+        "<s> and </s>": pieces.bos_id() >= 0 and pieces.eos_id() >= 0,
+        # sentencepiece looks for them after it has changed spaces, others before.
+        "declared symbols without spaces": not any({" ", SPACE_MARK} & set(token) for token in declared),
+    }
+    if not all(facts.values()):
         raise UserError(
-            f"tokenizer.path: BPE {is_bpe}, text kept as it is {is_lossless}, byte fallback {has_bytes}, "
-            f"<s> and </s> {has_ends}, declared symbols without spaces {is_plain}",
+            f"tokenizer.path: {', '.join(f'{what} {is_so}' for what, is_so in facts.items())}",
             "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation",
             "train one (tokenizer.path= empty), or train yours with identity normalisation and without dummy prefix",
         )
@@ -232,9 +215,5 @@ def _require_lossless_bpe(
 def _merges(learned: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order of ids: sentencepiece merges by the result's rank."""
     known = set(learned)
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in learned
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
+    pairs = ((piece[:cut], piece[cut:]) for piece in learned for cut in range(1, len(piece)))
+    return [pair for pair in pairs if known.issuperset(pair)]

@@ -19,7 +19,7 @@ from resiliparse.parse.html import HTMLTree
 from configs.text import SourceConfig
 from data import files
 from data.files import InputFile, read_blocks
-from data.readers import Record, show
+from data.readers import PROBLEMS, Record, show
 
 MAX_HEADER_BYTES = 1 << 15
 MAX_ROBOTS_BYTES = 500 << 10
@@ -28,7 +28,6 @@ MAX_ROBOTS_BYTES = 500 << 10
 _START = b"WARC/1."
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 _LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
-_PROBLEMS = {UnicodeDecodeError: "invalid_utf8", OverflowError: "text_too_long"}
 # Finding the main content takes time that grows with the square of the depth: a minute for 50,000 open <div>.
 _DEEP = ">".join("*" * 256)
 
@@ -44,16 +43,13 @@ class Robots(NamedTuple):
 def read_warc(source: SourceConfig, file: InputFile) -> Iterator[Record]:
     """One record a text, with the headers of its WARC record as fields; its place counts decompressed bytes."""
     for place, content, problem in _records(file.path):
-        location, value = f"{file.name}:{place}", None
-        if not problem:
-            try:
-                value = _value(content, source)
-            except (OSError, ValueError, OverflowError) as error:  # what fastwarc raises is an OSError
-                problem = _PROBLEMS.get(type(error), "record_malformed")
-        if problem:
-            yield Record(location, show(content), problem)
-        elif value is not None:
-            yield Record(location, value)
+        value = None
+        try:
+            value = None if problem else _value(content, source)
+        except (OSError, ValueError, OverflowError) as error:  # what fastwarc raises is an OSError
+            problem = PROBLEMS.get(type(error), "record_malformed")
+        if problem or value is not None:
+            yield Record(f"{file.name}:{place}", show(content) if problem else value, problem)
 
 
 def read_robots(path: Path) -> Iterator[Robots | None]:
@@ -76,28 +72,26 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, str]]:
     """Place and content of each record; of what is none its beginning, and why."""
     blocks, buffer, place = read_blocks(path), bytearray(), 0
 
-    def fill(n_bytes: int) -> None:  # as far as the file goes
+    def fill(n_bytes: int) -> int:  # as far as the file goes
         while len(buffer) < n_bytes and (block := next(blocks, b"")):
             buffer.extend(block)
+        return len(buffer)
 
     def drop(n_bytes: int) -> None:
         nonlocal place
         place += n_bytes
         del buffer[:n_bytes]
 
-    while True:
-        fill(MAX_HEADER_BYTES)
+    while fill(MAX_HEADER_BYTES):
         head = bytes(buffer[:MAX_HEADER_BYTES])
-        if not head:
-            return
         if n_blank := len(head) - len(head.lstrip()):
             drop(n_blank)
             continue
         n_bytes, problem = _length(head)
         if not problem:
-            fill(n_bytes + 4)
+            is_whole = fill(n_bytes + 4) >= n_bytes
             end = bytes(buffer[n_bytes : n_bytes + 4]).replace(b"\r", b"")
-            if len(buffer) < n_bytes or not (end.startswith(b"\n\n") or end in (b"", b"\n")):
+            if not is_whole or not (end.startswith(b"\n\n") or end in (b"", b"\n")):
                 problem = "length_wrong"
         yield place, bytes(buffer[: 1000 if problem else n_bytes]), problem
         while problem and (n_bytes := buffer.find(b"\n" + _START) + 1) == 0:
