@@ -54,7 +54,9 @@ def axis(values: Iterable[float], n_ticks: int = 5, from_zero: bool = True) -> A
     low, high = (min(0.0, *finite) if from_zero else min(finite)), max(finite)
     if high - low <= 1e-6 * abs(high):
         high = low + max(abs(low), 1.0)
-    step = _round_step((high - low) / (n_ticks - 1))
+    rough = (high - low) / (n_ticks - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Axis(low, high, tuple(n * step for n in range(first, last + 1)))
 
@@ -64,9 +66,3 @@ def _thinned(points: Iterable[Point]) -> list[Point]:
     size = -(-len(finite) // _STRETCHES) or 1
     stretches = [sorted(finite[n : n + size], key=lambda point: point[1]) for n in range(0, len(finite), size)]
     return [point for stretch in stretches for point in sorted({stretch[0], stretch[-1]})] + finite[-1:]
-
-
-def _round_step(rough: float) -> float:
-    """The step of 1, 2 or 5 times a power of ten that is nearest to a rough one."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))

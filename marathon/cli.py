@@ -6,18 +6,15 @@ skipped without loading torch.
 
 import os
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from marathon import choices
 
-if TYPE_CHECKING:
-    from configs.schema import RunConfig
-
+Answer = int | str | Path
+"""Of a command: its exit status, or what is printed."""
 HELP = {"-h", "--help"}
 STAGES = ("data", "train", "eval", "release")
 """In order."""
@@ -36,7 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         if HELP.intersection(rest):
             print(choices.help_text(name))
             return 0
-        return COMMANDS[name](rest) or 0
+        answer = COMMANDS[name](rest)
+        if isinstance(answer, int):
+            return answer
+        print(answer)
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,45 +47,41 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def run(overrides: list[str]) -> int:
-    """All stages in order."""
-    cfg, run_dir = open_run(overrides)
-    for stage in STAGES:
-        if status := _run_stage(stage, cfg, run_dir):
+def run(stages: Sequence[str], overrides: list[str]) -> int:
+    """Stages in order; only the first of all may find no run."""
+    from marathon.launch import launch
+    from marathon.stages import open_run
+
+    cfg, run_dir = open_run(overrides, is_new=STAGES[0] in stages)
+    for stage in stages:
+        if status := launch(stage, cfg, run_dir):
             return status
-    print(
-        f"\nlook at\n"
-        f"  {run_dir / 'report.html'}   the run on one page\n"
-        f"  {run_dir / 'release'}   the model, ready for transformers\n"
-        f"  {run_dir / 'eval'}   what every checkpoint knows\n"
-        f"  {run_dir / 'ledger.jsonl'}   what was done, line by line"
-    )
+    if stages == STAGES:
+        print(
+            f"\nlook at\n"
+            f"  {run_dir / 'report.html'}   the run on one page\n"
+            f"  {run_dir / 'release'}   the model, ready for transformers\n"
+            f"  {run_dir / 'eval'}   what every checkpoint knows\n"
+            f"  {run_dir / 'ledger.jsonl'}   what was done, line by line"
+        )
     return 0
 
 
-def one_stage(stage: str, overrides: list[str]) -> int:
-    """One stage; only the first may find no run."""
-    return _run_stage(stage, *open_run(overrides, is_new=stage == STAGES[0]))
+def freeze(overrides: list[str]) -> Path:
+    """Composes, checks, freezes; the folder is the last line printed."""
+    from marathon.stages import open_run
+
+    return open_run(overrides)[1]
 
 
-def _run_stage(stage: str, cfg: "RunConfig", run_dir: Path) -> int:
-    from marathon.launch import launch
-    from marathon.stages import inputs_of, is_done
-
-    if is_done(stage, inputs_of(stage, cfg, run_dir), run_dir):
-        print(f"{stage}: complete, skipped")
-        return 0
-    return launch(stage, cfg, run_dir)
-
-
-def plan(overrides: list[str]) -> None:
-    """Prints the plan."""
+def plan(overrides: list[str]) -> str:
+    """The plan, and the mixture as far as it can be told."""
     from configs.compose import compose
     from marathon.plan import mixture_text, plan_text
 
     cfg = compose(overrides)
     print(plan_text(cfg))
-    print(mixture_text(cfg))
+    return mixture_text(cfg)
 
 
 def doctor(overrides: list[str]) -> int:
@@ -95,13 +92,14 @@ def doctor(overrides: list[str]) -> int:
     return print_checks(run_doctor(compose(overrides) if overrides else None))
 
 
-def move(arguments: list[str]) -> None:
+def move(arguments: list[str]) -> int:
     """Takes a run to another place."""
     from marathon.move import move as move_run
 
     match [word for a in arguments for word in (a.split("=", 1) if a.startswith("--to=") else [a])]:
         case [given, "--to", place] | ["--to", place, given]:
             move_run(given, place)
+            return 0
         case _:
             raise UserError(
                 f"marathon move {' '.join(arguments)}",
@@ -110,45 +108,39 @@ def move(arguments: list[str]) -> None:
             )
 
 
-def report(arguments: list[str]) -> None:
+def report(arguments: list[str]) -> Path:
     """Writes the page of a run, given by its name, as its folder, or as overrides."""
     from configs.compose import compose, run_dir
     from marathon.report import write_report
 
     is_run = len(arguments) == 1 and "=" not in arguments[0]
-    print(write_report(choices.run_folder(arguments[0]) if is_run else run_dir(compose(arguments))))
+    return write_report(choices.run_folder(arguments[0]) if is_run else run_dir(compose(arguments)))
 
 
-def configs(_: list[str]) -> None:
-    """Lists every group with a line for each choice."""
-    print(choices.list_choices())
-
-
-def data(arguments: list[str]) -> int:
+def data(arguments: list[str]) -> Answer:
     """Prepares the corpus; `data remove` takes documents out of it again."""
     if arguments[:1] != ["remove"]:
-        return one_stage("data", arguments)
+        return run(["data"], arguments)
     from marathon.trace import remove
 
     given = _named(arguments[1:], "run", "ids", "reason")
     named = Path(given["ids"].removeprefix("@"))
     ids = named.read_text(encoding="utf-8").splitlines() if given["ids"].startswith("@") else given["ids"].split(",")
     shards = remove(choices.run_folder(given["run"]), [doc_id for doc_id in ids if doc_id], given["reason"])
-    print(f"removed from {len(shards)} shards: {', '.join(shards)}\nin corpus.clean.opt_out.ids they stay out for ever")
-    return 0
+    return f"removed from {len(shards)} shards: {', '.join(shards)}\nin corpus.clean.opt_out.ids they stay out for ever"
 
 
-def trace(arguments: list[str]) -> None:
-    """Prints which documents a step was trained on."""
+def trace(arguments: list[str]) -> str:
+    """Which documents a step was trained on."""
     from marathon.trace import trace as documents_of
 
     given = _named(arguments, "run", "step")
     if not given["step"].isdigit():
         raise UserError(f"step={given['step']}", "a step is a number", "step=1 is the first")
-    print("\n".join(documents_of(choices.run_folder(given["run"]), int(given["step"]))))
+    return "\n".join(documents_of(choices.run_folder(given["run"]), int(given["step"])))
 
 
-def thresholds(arguments: list[str]) -> None:
+def thresholds(arguments: list[str]) -> str:
     """Derives quality thresholds from the documents of a config."""
     from configs.compose import compose
     from data.cleaning import derive_thresholds
@@ -157,7 +149,7 @@ def thresholds(arguments: list[str]) -> None:
     if not path.endswith(".yaml"):
         raise UserError(f"thresholds … {path}", "the last argument is the file to write", "… FILE.yaml")
     derive_thresholds(compose(overrides), Path(path), f"marathon thresholds {' '.join(arguments)}")
-    print(path)
+    return path
 
 
 def _named(arguments: list[str], *names: str) -> dict[str, str]:
@@ -172,89 +164,13 @@ def _named(arguments: list[str], *names: str) -> dict[str, str]:
     return given
 
 
-def freeze(overrides: list[str]) -> None:
-    """Composes, checks, freezes; the folder is the last line printed."""
-    print(open_run(overrides)[1])
-
-
-def completion(arguments: list[str]) -> None:
-    """Prints the shell's completion script."""
-    print(choices.completion_script(arguments[0] if arguments else ""))
-
-
-def complete(words: list[str]) -> None:
-    """Prints what may follow; called by the completion script."""
-    print("\n".join(choices.complete_words(words)))
-
-
-def open_run(overrides: list[str], is_new: bool = True) -> tuple["RunConfig", Path]:
-    """Composes the config and freezes it into the run's folder, which is made if the run may be new.
-
-    Raises:
-        UserError: the run has checkpoints and a setting that decides what they are has changed; or it is not
-            there, and what is asked takes one.
-    """
-    from configs.compose import compose, config_hash, diff, freeze, is_free_to_change, load, run_dir
-    from eval.suites import require_families
-    from ledger import host
-    from ledger.record import Ledger
-    from marathon.stages import moved_to
-    from train.faults import refuse_if_held
-
-    cfg = compose(overrides)
-    require_families(cfg.suite)
-    folder = run_dir(cfg)
-    frozen = folder / "config.yaml"
-    if not is_new and not frozen.exists():
-        raise UserError(
-            f"no run {cfg.name} in {folder.parent}; there: {', '.join(choices.run_names(folder.parent)) or 'none'}",
-            "training, evaluation and release go on from what `marathon data` prepares",
-            "run `marathon data` with the same arguments, or `marathon run` for all stages",
-        )
-    _make_folder(folder)
-    changes = diff(load(frozen), cfg) if frozen.exists() else {}
-    told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
-    fixed = [line for key, line in told.items() if not is_free_to_change(key)]
-    if fixed and any((folder / "checkpoints").glob("step-*")):
-        first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
-        raise UserError(
-            f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}",
-            "what decides weights and order of samples stays as the run began",
-            f"name={cfg.name}-2 for a new run, or leave them as they were",
-        )
-    if place := moved_to(folder):
-        print(f"warning: run {cfg.name} was moved to {place}; what is done here stays here", file=sys.stderr)
-    if frozen.exists() and not changes:
-        return cfg, folder
-    refuse_if_held(folder)
-    freeze(cfg, frozen)
-    facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg)}
-    if changes:
-        print(*told.values(), sep="\n")
-        facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}
-    event = "changed" if changes else "frozen"
-    Ledger(folder).append(event, **facts, software=host.software(), commit=host.commit())
-    return cfg, folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror}",
-            "everything a run writes stands under cluster.scratch",
-            "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…",
-        ) from None
-
-
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "data": data,
-    **{stage: partial(one_stage, stage) for stage in STAGES[1:]},
-    **{command.__name__: command for command in (run, plan, doctor, trace, thresholds, move, report, configs)},
-    **{command.__name__: command for command in (freeze, completion)},
-    "_complete": complete,
+COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
+    "run": partial(run, STAGES),
+    **{stage: partial(run, [stage]) for stage in STAGES},
+    **{command.__name__: command for command in (data, plan, doctor, trace, thresholds, move, report, freeze)},
+    "configs": lambda _: choices.list_choices(),
+    "completion": lambda arguments: choices.completion_script(arguments[0] if arguments else ""),
+    "_complete": lambda words: "\n".join(choices.complete_words(words)),
 }
 """By name; commands.yaml tells of each."""
 

@@ -58,15 +58,10 @@ class Pack:
 
 
 def move(given: str, to: str) -> None:
-    """Brings a run and its corpus to the scratch folder or pack `to`; goes on where it was interrupted.
+    """Brings a run and its corpus to the scratch folder or pack `to`, a folder or URL; goes on where it stopped.
 
-    Args:
-        given: A run's folder, its name under the scratch folder, or the URL of a pack.
-        to: A folder or URL.
-
-    Raises:
-        UserError: there is no such run or place; a file is damaged; the run has a history of its own over there; a
-            file system, network or server refuses.
+    `given` is a run's folder, its name under the scratch folder, or the URL of a pack. Raises `UserError` where there
+    is no such run or place; a file is damaged; the run has a history of its own over there; a place refuses.
     """
     source, name = _find_run(given)
     target, run = Place(to), f"runs/{name}"
@@ -109,9 +104,8 @@ def _next_line(target: Place, ledger: Ledger, name: str) -> str:
     """What to type at the other place; the cluster there is another."""
     if not target.renames:
         return f'  marathon move {shlex.quote(str(target))} --to "${{MARATHON_SCRATCH:-scratch}}"'
-    given = ["experiment=…", f"name={name}"]
-    for record in ledger.read():
-        given = record.get("arguments", given)
+    known = [record["arguments"] for record in ledger.read() if "arguments" in record]
+    given = known[-1] if known else ["experiment=…", f"name={name}"]
     kept = [argument for argument in given if not argument.startswith(("cluster=", "cluster."))]
     return (
         f"  export MARATHON_SCRATCH={shlex.quote(target.root)}\n  marathon run {shlex.join(kept)}\n"
@@ -140,17 +134,20 @@ def _require_known_history(ours: Ledger, theirs: Ledger, target: Place, run: str
 def _look_through(source: Place, run: str) -> Pack:
     """What a run on this machine consists of; its checkpoint is verified, its corpus is yet to be."""
     run_dir = Path(source.path(run))
-    record = prepared_corpus(run_dir)
-    corpus_dir, checkpoint = Path(record["path"]), _newest_whole(run_dir)
-    corpus, step = f"corpora/{corpus_dir.name}", f"{run}/{CHECKPOINTS}/{checkpoint.name}"
-    sizes = marks(corpus_dir)
-    files = {f"{corpus}/{n}": File(sizes[n][0], h) for n, h in Manifest.load(corpus_dir).hashes.items()}
-    files[f"{corpus}/{MANIFEST}"] = _file(corpus_dir / MANIFEST)
-    known = {name: entry["sha256"] for name, entry in read_manifest(checkpoint)["files"].items()}
-    for path in sorted(checkpoint.iterdir(), key=lambda path: (path.name not in known, path.name)):
-        files[f"{step}/{path.name}"] = _file(path, known.get(path.name, ""))
-    files |= {f"{run}/eval/{path.name}": _file(path) for path in sorted((run_dir / "eval").glob("*.json"))}
-    return Pack(step, corpus, record["corpus_hash"], files)
+    record, checkpoint = prepared_corpus(run_dir), _newest_whole(run_dir)
+    corpus: Path = record["path"]
+    marks(corpus)  # refuses where one is missing
+    known = {corpus / name: sha256 for name, sha256 in Manifest.load(corpus).hashes.items()}
+    paths = [*known, corpus / MANIFEST]
+    known |= {checkpoint / name: entry["sha256"] for name, entry in read_manifest(checkpoint)["files"].items()}
+    paths += sorted(checkpoint.iterdir(), key=lambda path: (path not in known, path.name))
+    paths += sorted((run_dir / "eval").glob("*.json"))
+    files = {_name(source, p): File(p.stat().st_size, known.get(p) or file_sha256(p)) for p in paths}
+    return Pack(_name(source, checkpoint), _name(source, corpus), record["corpus_hash"], files)
+
+
+def _name(source: Place, path: Path) -> str:
+    return str(path.relative_to(f"{source.root}/"))
 
 
 def _newest_whole(run_dir: Path) -> Path:
@@ -267,7 +264,3 @@ def _hand_over(source: Place, target: Place, run: str, pack: Pack, desk: Path) -
 def _texts(run: str) -> list[str]:
     """What grows while a run goes on: sent as it is at the end, the ledger last."""
     return [f"{run}/{name}" for name in ("metrics.jsonl", "config.yaml", "ledger.jsonl")]
-
-
-def _file(path: Path, sha256: str = "") -> File:
-    return File(path.stat().st_size, sha256 or file_sha256(path))

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,19 @@ class Place:
     """A folder, by path or URL. Names of files and folders are paths below it."""
 
     def __init__(self, given: str) -> None:
-        scheme = given.partition("://")[0] if "://" in given else "file"
-        package = _require_known(given, scheme)
+        is_url = "://" in given
+        scheme = given.partition("://")[0] if is_url else "file"
+        if scheme not in fsspec.available_protocols() or (not is_url and ":" in given.partition("/")[0]):
+            raise UserError(
+                f"{scheme}:// is not known" if is_url else given,
+                "a place is a folder or a URL: s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows",
+                "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER",
+            )
+        package = PACKAGES.get(scheme)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed", f"it speaks {scheme}://", f"pip install {package}")
         self.is_local, self.renames = scheme in ("file", "local"), scheme not in OBJECT_STORES
-        parts = urlsplit(given if "://" in given else "")
+        parts = urlsplit(given if is_url else "")
         self.host = platform.node() if self.is_local else parts.netloc.rpartition("@")[2]
         self._told = f"{scheme}://{self.host}{parts.path}".rstrip("/")
         # Of a connection that breaks it would say a hundred times what we say once.
@@ -85,23 +94,26 @@ class Place:
     def read(self, name: str) -> bytes | None:
         """Content of a file, None where it is not there."""
         with self._answers(name), suppress(FileNotFoundError):
-            content: bytes = self.fs.cat_file(self.path(name))
-            return content
+            return self.fs.cat_file(self.path(name))
         return None
 
     def take(self, name: str, file: File, source: "Place", source_name: str) -> None:
         """Copies a file from another place, one of the two being on this machine."""
         path = source.path(source_name)
-        if self.is_local:
-            self._receive(name, file, lambda to: source.fs.get_file(path, to))
-        elif self.renames:
-            self._receive(name, file, lambda to: self._stream(path, to))
-        else:
-            self._receive(name, file, lambda to: self.fs.put_file(path, to))
+        with self._arriving(name, file) as to:
+            if self.is_local:
+                source.fs.get_file(path, to)
+            elif not self.renames:
+                self.fs.put_file(path, to)
+            else:
+                # put_file of SSH passes over holes, and so leaves out the one at the end of a sparse file.
+                with open(path, "rb") as content, self.fs.open(to, "wb") as out:
+                    shutil.copyfileobj(content, out, CHUNK_BYTES)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""
-        self._receive(name, File.of(content), lambda to: self.fs.pipe_file(to, content))
+        with self._arriving(name, File.of(content)) as to:
+            self.fs.pipe_file(to, content)
 
     def remove(self, name: str) -> None:
         """Removes a file or folder if it is there."""
@@ -114,19 +126,16 @@ class Place:
         with self._answers(new):
             self.fs.mv(self.path(old), self.path(new))
 
-    def _stream(self, path: str, to: str) -> None:
-        # put_file of SSH passes over holes, and so leaves out the one at the end of a sparse file.
-        with open(path, "rb") as file, self.fs.open(to, "wb") as out:
-            shutil.copyfileobj(file, out, CHUNK_BYTES)
-
-    def _receive(self, name: str, file: File, fill: Callable[[str], Any]) -> None:
+    @contextmanager
+    def _arriving(self, name: str, file: File) -> Iterator[str]:
+        """Gives the path to write to; what stands there gets its name when it is what was sent, and goes otherwise."""
         folder, _, last = name.rpartition("/")
         beside = f"{folder}/{ARRIVING}{last}" if self.renames else name
         try:
             with self._answers(name):
                 if self.renames:
                     self.fs.makedirs(self.path(folder), exist_ok=True)
-                fill(self.path(beside))
+                yield self.path(beside)
                 if (found := self._look_at(beside)) != file:
                     raise UserError(
                         f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…, "
@@ -134,7 +143,7 @@ class Place:
                         "a file gets its name only when it is what was sent",
                         "the same command again; if it says so again, the file is damaged where it comes from",
                     )
-                if beside != name:
+                if self.renames:
                     self.fs.mv(self.path(beside), self.path(name))
         except UserError:
             with suppress(UserError):
@@ -162,22 +171,6 @@ class Place:
         except Exception as error:
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self}{'/' if name else ''}{name}: {said}", *_meaning(error)) from error
-
-
-def _require_known(given: str, scheme: str) -> str | None:
-    """The package that speaks a scheme, where it is not fsspec itself; raises `UserError` where nothing does."""
-    if "://" not in given and ":" in given.partition("/")[0]:
-        raise UserError(given, "a place is a folder or a URL", "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER")
-    if scheme not in fsspec.available_protocols():
-        raise UserError(
-            f"{scheme}:// is not known",
-            "a run moves to and from a folder, s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows",
-            "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER",
-        )
-    package = PACKAGES.get(scheme)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed", f"it speaks {scheme}://", f"pip install {package}")
-    return package
 
 
 def _meaning(error: BaseException) -> tuple[str, str]:

@@ -10,17 +10,23 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import yaml
 from babel import Locale
 
+from configs.compose import load
+from configs.errors import UserError
+from configs.schema import RunConfig
 from data.files import write_whole
+from eval.results import read_results
 from ledger.pages import environment, render
+from ledger.record import Ledger, json_lines
 from marathon.charts import Frame, Point, axis
-from marathon.runfiles import Record, RunFiles
+from marathon.choices import run_names
 
+Record = dict[str, Any]
 _HERE = Path(__file__).parent
-_ENGLISH = Locale("en")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -32,9 +38,76 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+class RunFiles:
+    """What the folder of one run says; raises `UserError` where there is no such folder.
+
+    The run may be in progress, or only some of its files may have been copied.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        if not run_dir.is_dir():
+            found = f"{run_dir} is no folder; runs there: {', '.join(run_names(run_dir.parent)) or 'none'}"
+            raise UserError(found, "a report is made of a run", "give its name or its folder")
+        self.config, self.config_gap = _config(run_dir / "config.yaml")
+        self.name = self.config.name if self.config else run_dir.resolve().name
+        metrics = _metrics(run_dir / "metrics.jsonl")
+        self.train = [record for record in metrics if record["kind"] == "train"]
+        self.valid = [record for record in metrics if record["kind"] == "valid"]
+        self.evaluations = read_results(run_dir)
+        self.ledger = list(Ledger(run_dir).read())
+        # What the last freezing, change and start of training found, the later before the earlier.
+        self.settled = self.last("frozen") | self.last("changed") | self.last("train_start")
+        self.checkpoints = list({record["name"]: record for record in self.events("checkpoint")}.values())
+        self.planned: dict[str, Record] = {row["language"]: row for row in self.last("mixture").get("rows", [])}
+        configured = self.config.corpus.languages if self.config else []
+        measured = (record["bpb"] for record in (*self.valid, *self.evaluations))
+        self.languages = sorted({*configured, *self.planned}.union(*measured))
+
+    def events(self, name: str) -> list[Record]:
+        """Ledger records of one event."""
+        return [record for record in self.ledger if record["event"] == name]
+
+    def last(self, name: str) -> Record:
+        """The newest ledger record of one event; empty where there is none."""
+        return (self.events(name) or [{}])[-1]
+
+    def fact(self, key: str) -> Any:
+        """The newest value that the ledger has under `key`, or None."""
+        return next((record[key] for record in reversed(self.ledger) if key in record), None)
+
+
+def _config(path: Path) -> tuple[RunConfig | None, str]:
+    """The config, or the reason why there is none."""
+    if not path.is_file():
+        return None, "config.yaml is not there"
+    try:
+        return load(path), ""
+    except UserError as error:
+        return None, f"config.yaml does not fit this version: {error.found}"
+
+
+def _metrics(path: Path) -> list[Record]:
+    """Metric lines by step.
+
+    Those of a course that was given up at a restart are left out: a line for an earlier step than the last one takes
+    the place of all that came after it.
+    """
+    kept: dict[tuple[int, str], Record] = {}
+    for record in json_lines(path, object_hook=_with_nan):
+        while kept and next(reversed(kept))[0] > record["step"]:
+            kept.popitem()
+        kept[record["step"], record["kind"]] = record
+    return list(kept.values())
+
+
+def _with_nan(record: Record) -> Record:
+    """JSON has no NaN: the trainer writes null for a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in record.items()}
+
+
 def language_name(code: str) -> str:
     """The English name of a BCP-47 code, or the code itself where it has none."""
-    return str(_ENGLISH.languages.get(code.split("-")[0], code))
+    return str(Locale("en").languages.get(code.split("-")[0], code))
 
 
 def curve(records: Iterable[Record], key: str, scale: float = 1) -> list[Point]:

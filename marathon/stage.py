@@ -17,8 +17,7 @@ from configs.schema import RunConfig
 from data.files import write_whole
 from ledger.record import Ledger
 from marathon.choices import commands
-from marathon.restarts import note_start
-from marathon.stages import inputs_of, is_done, mark_done, prepared_corpus
+from marathon.stages import inputs_of, is_done, mark_done, note_start, prepared_corpus
 
 DISK_TROUBLE = {
     errno.ENOSPC: "make room on the disk",
@@ -43,17 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{stage}: {commands()[stage]['line']}", flush=True)
             note_start(stage, run_dir)
         status = RUN_STAGE[stage](cfg, run_dir)
-        if status == 0 and is_first:
+        if is_first and status == 0:
             mark_done(stage, inputs, run_dir, OUTPUTS[stage](cfg, run_dir))
         if is_first:
             _write_report(run_dir)
+        return status
     except (UserError, OSError) as error:
         mistake = error if isinstance(error, UserError) else _disk_trouble(error, run_dir)
         # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
         told = f"error in {stage}: {mistake}" if is_first else f"[rank {_rank()}] {mistake.found}"
         print(told, file=sys.stderr, flush=True)
         return EXIT_MISTAKE
-    return status
 
 
 def _disk_trouble(error: OSError, run_dir: Path) -> UserError:
@@ -84,7 +83,7 @@ def run_train(cfg: RunConfig, run_dir: Path) -> int:
     _tell_rank(run_dir)
     from train.run import run
 
-    return run(cfg, run_dir, Path(prepared_corpus(run_dir)["path"]))
+    return run(cfg, run_dir, prepared_corpus(run_dir)["path"])
 
 
 def run_eval(cfg: RunConfig, run_dir: Path) -> int:
@@ -93,9 +92,8 @@ def run_eval(cfg: RunConfig, run_dir: Path) -> int:
     from eval.run import evaluate
 
     corpus = prepared_corpus(run_dir)
-    folder, corpus_hash = Path(corpus["path"]), corpus["corpus_hash"]
-    documents = ValidDocuments(folder).read_all()
-    evaluate(cfg, run_dir, documents=documents, tokenizer_dir=folder / "tokenizer", corpus_hash=corpus_hash)
+    documents, tokenizer_dir = ValidDocuments(corpus["path"]).read_all(), corpus["path"] / "tokenizer"
+    evaluate(cfg, run_dir, documents=documents, tokenizer_dir=tokenizer_dir, corpus_hash=corpus["corpus_hash"])
     return 0
 
 
@@ -103,14 +101,14 @@ def run_release(cfg: RunConfig, run_dir: Path) -> int:
     """Exports and verifies the last checkpoint."""
     from release.run import release
 
-    release(cfg, run_dir, Path(prepared_corpus(run_dir)["path"]))
+    release(cfg, run_dir, prepared_corpus(run_dir)["path"])
     return 0
 
 
 RUN_STAGE = {"data": run_data, "train": run_train, "eval": run_eval, "release": run_release}
 
 OUTPUTS = {
-    "data": lambda cfg, run_dir: [Path(prepared_corpus(run_dir)["path"]) / "manifest.json"],
+    "data": lambda cfg, run_dir: [prepared_corpus(run_dir)["path"] / "manifest.json"],
     "train": lambda cfg, run_dir: [run_dir / "checkpoints" / f"step-{cfg.train.steps:09d}" / "manifest.json"],
     "eval": lambda cfg, run_dir: sorted((run_dir / "eval").glob("step-*.json")),
     "release": lambda cfg, run_dir: [run_dir / "release" / "verified.json"],

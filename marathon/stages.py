@@ -1,23 +1,92 @@
-"""The stages of a run, what each depends on, and whether it is done.
+"""A run and its stages: how a command opens the run, what each stage depends on, and whether it is done.
 
 A stage is done when the ledger holds a record of it with the same inputs and its outputs are still there.
 So a changed corpus, suite or checkpoint runs it again, and nothing else does. Looking takes no torch.
 """
 
-import hashlib
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from configs.compose import config_hash, settings_hash
+from configs.compose import compose, config_hash, diff, freeze, is_free_to_change, load, run_dir, settings_hash
 from configs.enums import Packing
 from configs.errors import UserError
 from configs.schema import RunConfig
-from ledger.record import Ledger
+from data.files import sha256
+from eval.suites import require_families
+from ledger import host
+from ledger.record import Ledger, json_lines
+from marathon.choices import run_names
+from train.faults import refuse_if_held
 
 CHECKPOINTS = "checkpoints"
 ON_ALL_DEVICES = {"train", "eval"}
 """Stages of one process a device; the others are one process in all."""
+MAX_STARTS_WITHOUT_PROGRESS = 2
+_AFTER_DATA = (
+    "training, evaluation and release go on from what `marathon data` prepares",
+    "run `marathon data` with the same arguments, or `marathon run` for all stages",
+)
+
+
+def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path]:
+    """Composes the config and freezes it into the run's folder, which is made if the run may be new.
+
+    Raises:
+        UserError: the run has checkpoints and a setting that decides what they are has changed; or it is not
+            there, and what is asked takes one.
+    """
+    cfg = compose(overrides)
+    require_families(cfg.suite)
+    folder = run_dir(cfg)
+    frozen = folder / "config.yaml"
+    if not is_new and not frozen.exists():
+        there = ", ".join(run_names(folder.parent)) or "none"
+        raise UserError(f"no run {cfg.name} in {folder.parent}; there: {there}", *_AFTER_DATA)
+    _make_folder(folder)
+    changes = diff(load(frozen), cfg) if frozen.exists() else {}
+    told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
+    fixed = [line for key, line in told.items() if not is_free_to_change(key)]
+    if fixed and any((folder / CHECKPOINTS).glob("step-*")):
+        first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
+        raise UserError(
+            f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}",
+            "what decides weights and order of samples stays as the run began",
+            f"name={cfg.name}-2 for a new run, or leave them as they were",
+        )
+    if place := _moved_to(folder):
+        print(f"warning: run {cfg.name} was moved to {place}; what is done here stays here", file=sys.stderr)
+    if frozen.exists() and not changes:
+        return cfg, folder
+    refuse_if_held(folder)
+    freeze(cfg, frozen)
+    facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg)}
+    if changes:
+        print(*told.values(), sep="\n")
+        facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}
+    event = "changed" if changes else "frozen"
+    Ledger(folder).append(event, **facts, software=host.software(), commit=host.commit())
+    return cfg, folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror}",
+            "everything a run writes stands under cluster.scratch",
+            "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…",
+        ) from None
+
+
+def _moved_to(run_dir: Path) -> str | None:
+    """Where the run has been moved to, if it has not gone on here since; None otherwise."""
+    hops = [r for r in Ledger(run_dir).read() if r["event"] in ("moved", "arrived", "train_start")]
+    return hops[-1]["to"] if hops and hops[-1]["event"] == "moved" else None
 
 
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -31,55 +100,15 @@ def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
     corpus_hash = prepared_corpus(run_dir)["corpus_hash"]
     if stage == "train":
         return {"corpus_hash": corpus_hash, "settings": settings_hash(cfg)}
-    checkpoints = {path.parent.name: _sha256(path) for path in _manifests(run_dir)}
+    checkpoints = {path.parent.name: sha256(path) for path in _manifests(run_dir)}
     if not checkpoints:
-        raise UserError(
-            f"{run_dir / CHECKPOINTS} holds no checkpoint", f"{stage} needs one", "run `marathon train` first"
-        )
+        found = f"{run_dir / CHECKPOINTS} holds no checkpoint"
+        raise UserError(found, f"{stage} needs one", "run `marathon train` first")
     if stage == "eval":
         return {"corpus_hash": corpus_hash, "checkpoints": checkpoints, "suite": config_hash(cfg.suite)}
-    evaluations = {path.name: _sha256(path) for path in sorted((run_dir / "eval").glob("*.json"))}
-    last = max(checkpoints)
-    return {"checkpoint": checkpoints[last], "evaluations": evaluations, "release": config_hash(cfg.release)}
-
-
-def is_done(stage: str, inputs: dict[str, Any], run_dir: Path) -> bool:
-    """Whether the newest record of the stage has these inputs and its outputs are there."""
-    record = Ledger(run_dir).last("stage", stage=stage)
-    if record is None or record["inputs"] != inputs:
-        return False
-    return all(Path(os.path.normpath(run_dir / path)).exists() for path in record["outputs"])
-
-
-def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[Path]) -> None:
-    """Records a stage with what it was given and what it left."""
-    # Relative, since a run may move to another machine.
-    relative = [os.path.relpath(path, run_dir) for path in outputs]
-    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=relative)
-
-
-def prepared_corpus(run_dir: Path) -> dict[str, Any]:
-    """The ledger's newest `corpus` record: `path` on this machine, `corpus_hash` and what the corpus holds.
-
-    Raises:
-        UserError: the data stage has yet to run.
-    """
-    record = Ledger(run_dir).last("corpus")
-    # The record names the folder of the machine that prepared it; the corpus stands under the run's own scratch folder.
-    path = Path(os.path.abspath(run_dir)).parents[1] / "corpora" / Path(record["path"]).name if record else None
-    if record is None or path is None or not (path / "manifest.json").exists():
-        raise UserError(
-            f"{run_dir} has no prepared corpus",
-            "training, evaluation and release read what `marathon data` prepares",
-            "run `marathon data` with the same arguments, or `marathon run` for all stages",
-        )
-    return {**record, "path": str(path)}
-
-
-def moved_to(run_dir: Path) -> str | None:
-    """Where the run has been moved to, if it has not gone on here since; None otherwise."""
-    hops = [r for r in Ledger(run_dir).read() if r["event"] in ("moved", "arrived", "train_start")]
-    return hops[-1]["to"] if hops and hops[-1]["event"] == "moved" else None
+    evaluations = {path.name: sha256(path) for path in sorted((run_dir / "eval").glob("*.json"))}
+    last = checkpoints[max(checkpoints)]
+    return {"checkpoint": last, "evaluations": evaluations, "release": config_hash(cfg.release)}
 
 
 def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -101,5 +130,67 @@ def _manifests(run_dir: Path) -> list[Path]:
     return sorted((run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def is_done(stage: str, inputs: dict[str, Any], run_dir: Path) -> bool:
+    """Whether the newest record of the stage has these inputs and its outputs are there."""
+    record = Ledger(run_dir).last("stage", stage=stage)
+    if record is None or record["inputs"] != inputs:
+        return False
+    return all(Path(os.path.normpath(run_dir / path)).exists() for path in record["outputs"])
+
+
+def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[Path]) -> None:
+    """Records a stage with what it was given and what it left."""
+    # Relative, since a run may move to another machine.
+    relative = [os.path.relpath(path, run_dir) for path in outputs]
+    Ledger(run_dir).append("stage", stage=stage, inputs=inputs, outputs=relative)
+
+
+def prepared_corpus(run_dir: Path) -> dict[str, Any]:
+    """The ledger's newest `corpus` record: `path` on this machine, a `Path`, `corpus_hash` and what the corpus holds.
+
+    Raises:
+        UserError: the data stage has yet to run.
+    """
+    if record := Ledger(run_dir).last("corpus"):
+        # It names the folder of the machine that prepared it; the corpus stands under the run's own scratch folder.
+        path = Path(os.path.abspath(run_dir)).parents[1] / "corpora" / Path(record["path"]).name
+        if (path / "manifest.json").exists():
+            return {**record, "path": path}
+    raise UserError(f"{run_dir} has no prepared corpus", *_AFTER_DATA)
+
+
+def note_start(stage: str, run_dir: Path) -> None:
+    """Records that a stage starts, and how far the run had come.
+
+    Raises:
+        UserError: in a job, and the last starts of the stage had all come as far as this one finds it: it would burn
+            node-hours. The refusal is recorded, so that whoever mended the cause simply submits again.
+    """
+    ledger, reached, fruitless = Ledger(run_dir), _reached(stage, run_dir), 0
+    for record in ledger.read():
+        if record["event"] in ("start", "refused", "stage") and record["stage"] == stage:
+            is_fruitless = record["event"] == "start" and record["reached"] == reached
+            fruitless = fruitless + 1 if is_fruitless else 0
+    job = os.environ.get("SLURM_JOB_ID", "")
+    # At a terminal, a person decides how often to try.
+    if fruitless >= MAX_STARTS_WITHOUT_PROGRESS and job:
+        ledger.append("refused", stage=stage, reached=reached, starts=fruitless)
+        raise UserError(
+            f"{fruitless} starts of `{stage}` in a row have come no further than {reached}",
+            "a job that makes no progress is not started again",
+            f"read the end of the log and {run_dir / 'logs'}, mend the cause, submit again: this is said once",
+        )
+    ledger.append("start", stage=stage, reached=reached, job=job)
+
+
+def _reached(stage: str, run_dir: Path) -> str:
+    """How far the stage has come, in words that change with progress."""
+    if stage == "train":
+        # After a spike a run may save for a while below the furthest step.
+        saved = max((path.name for path in (run_dir / CHECKPOINTS).glob("step-*")), default="nothing")
+        # A start that repeats steps since the last checkpoint is no progress yet.
+        furthest = max((record.get("step") or 0 for record in json_lines(run_dir / "metrics.jsonl")), default=0)
+        return f"step {furthest}, {saved} saved"
+    if stage == "eval":
+        return f"{len(list(Ledger(run_dir).read('evaluation')))} evaluations"
+    return "its beginning"

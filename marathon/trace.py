@@ -30,7 +30,7 @@ def trace(run_dir: Path, step: int) -> list[str]:
             f"its newest checkpoint is of step {progress.step}, and steps count from 1",
             f"step=1 to step={progress.step}" if progress.step else "train it first",
         )
-    corpus_dir, seqs = Path(prepared_corpus(run_dir)["path"]), cfg.train.seqs_per_step
+    corpus_dir, seqs = prepared_corpus(run_dir)["path"], cfg.train.seqs_per_step
     samples = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
     positions = unskipped(np.arange((step - 1) * seqs, step * seqs), progress.skipped)
     return ["\t".join((source, lang, name or "(removed)")) for source, lang, name in samples.documents(positions)]
@@ -38,6 +38,6 @@ def trace(run_dir: Path, step: int) -> list[str]:
 
 def remove(run_dir: Path, ids: Iterable[str], reason: str) -> list[str]:
     """Takes documents out of the corpus of a run, for all runs that use it; the stems of the shards that changed."""
-    shards = remove_documents(Path(prepared_corpus(run_dir)["path"]), ids, reason)
+    shards = remove_documents(prepared_corpus(run_dir)["path"], ids, reason)
     Ledger(run_dir).append("documents_removed", reason=reason, shards=shards)
     return shards

@@ -11,9 +11,8 @@ import torch
 from configs.compose import compose
 from configs.schema import RunConfig
 from data.pipeline import prepare
-from marathon import doctor, placement
-from marathon.doctor import print_checks, run_doctor
-from marathon.outcome import failed, passed, warned
+from marathon import doctor
+from marathon.doctor import failed, passed, print_checks, run_doctor, warned
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 
 LUMI_MASKS = (
@@ -132,23 +131,23 @@ def test_rendezvous_through_an_interface_that_is_not_there(monkeypatch: pytest.M
 def test_torch_build_is_a_warning_outside_of_jobs_and_a_failure_inside(
     monkeypatch: pytest.MonkeyPatch, smoke: RunConfig, lumi: RunConfig, leonardo: RunConfig
 ) -> None:
-    assert placement.check_torch_build(smoke)[0] == "pass"
+    assert doctor.check_torch_build(smoke)[0] == "pass"
     other = leonardo if torch.version.hip else lumi
-    assert placement.check_torch_build(other)[0] == "warn"
+    assert doctor.check_torch_build(other)[0] == "warn"
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert placement.check_torch_build(other)[0] == "fail"
+    assert doctor.check_torch_build(other)[0] == "fail"
 
 
 def test_devices_are_not_asked_for_on_a_login_node_but_in_a_job(
     monkeypatch: pytest.MonkeyPatch, smoke: RunConfig, lumi: RunConfig
 ) -> None:
-    assert placement.check_devices(smoke)[1] == "not applicable: cluster.device = cpu"
+    assert doctor.check_devices(smoke)[1] == "not applicable: cluster.device = cpu"
     monkeypatch.setattr(lumi.cluster, "devices_per_node", torch.cuda.device_count() + 3)
     if torch.cuda.device_count() == 0:
-        assert placement.check_devices(lumi)[0] == "skip"
+        assert doctor.check_devices(lumi)[0] == "skip"
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "3")
-    status, found, repair = placement.check_devices(lumi)
+    status, found, repair = doctor.check_devices(lumi)
     assert status == "fail" and f"{torch.cuda.device_count()} devices" in found and "ROCR_VISIBLE_DEVICES=3" in found
     assert "--gpus-per-node" in repair
 
@@ -157,20 +156,20 @@ def test_cores(monkeypatch: pytest.MonkeyPatch, lumi: RunConfig) -> None:
     cores = len(os.sched_getaffinity(0))
     fitting = compose(["experiment=smoke", "cluster.devices_per_node=1", f"cluster.cpus_per_device={cores}"])
     greedy = compose(["experiment=smoke", "cluster.devices_per_node=1", f"cluster.cpus_per_device={cores + 1}"])
-    assert placement.check_cores(fitting)[0] == "pass"
-    assert placement.check_cores(greedy)[0] == "warn"
-    assert placement.check_cores(lumi)[1].startswith("not applicable")
+    assert doctor.check_cores(fitting)[0] == "pass"
+    assert doctor.check_cores(greedy)[0] == "warn"
+    assert doctor.check_cores(lumi)[1].startswith("not applicable")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert placement.check_cores(greedy)[0] == "fail"
+    assert doctor.check_cores(greedy)[0] == "fail"
 
 
 def test_a_task_of_one_device_needs_cores_for_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
     two = compose(["experiment=smoke", "cluster.devices_per_node=2", f"cluster.cpus_per_device={cores}"])
     start_as_task(monkeypatch, 1)
-    assert placement.check_cores(two)[0] == "fail"
+    assert doctor.check_cores(two)[0] == "fail"
     start_as_task(monkeypatch, 2)
-    assert placement.check_cores(two)[0] == "pass"
+    assert doctor.check_cores(two)[0] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -194,22 +193,22 @@ def test_core_masks(
     monkeypatch: pytest.MonkeyPatch, lumi: RunConfig, masks: str, kind: str, status: str, words: str
 ) -> None:
     start_as_task(monkeypatch, 16, SLURM_CPU_BIND_LIST=masks, SLURM_CPU_BIND_TYPE=kind)
-    found = placement.check_core_masks(lumi)
+    found = doctor.check_core_masks(lumi)
     assert found[0] == status and words in found[1]
     if status == "fail":
         assert LUMI_MASKS in found[2], "the repair is the line to copy"
 
 
 def test_core_masks_do_not_apply_to_one_task_a_node(monkeypatch: pytest.MonkeyPatch, lumi: RunConfig) -> None:
-    assert placement.check_core_masks(lumi)[1].startswith("not applicable")
+    assert doctor.check_core_masks(lumi)[1].startswith("not applicable")
     start_as_task(monkeypatch, 2, SLURM_CPU_BIND_LIST="0xffff", SLURM_CPU_BIND_TYPE="mask_cpu:")
-    assert placement.check_core_masks(lumi)[1].startswith("not applicable")
+    assert doctor.check_core_masks(lumi)[1].startswith("not applicable")
 
 
 def test_masks_of_other_nodes_need_only_be_disjoint(monkeypatch: pytest.MonkeyPatch, leonardo: RunConfig) -> None:
     masks = ",".join(hex(0xFF << 8 * n) for n in range(4))
     start_as_task(monkeypatch, 8, SLURM_CPU_BIND_LIST=masks, SLURM_CPU_BIND_TYPE="mask_cpu:")
-    assert placement.check_core_masks(leonardo) == ("pass", "4 masks, disjoint", "")
+    assert doctor.check_core_masks(leonardo) == ("pass", "4 masks, disjoint", "")
 
 
 @pytest.mark.parametrize(
@@ -218,16 +217,16 @@ def test_masks_of_other_nodes_need_only_be_disjoint(monkeypatch: pytest.MonkeyPa
 def test_threads(monkeypatch: pytest.MonkeyPatch, lumi: RunConfig, value: str | None, status: str) -> None:
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert placement.check_threads(lumi)[0] == status
+    assert doctor.check_threads(lumi)[0] == status
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch, smoke: RunConfig) -> None:
     online = compose(["experiment=smoke", "cluster.online=true"])
-    assert [placement.check_hub(cfg)[0] for cfg in (smoke, online)] == ["pass", "pass"]
+    assert [doctor.check_hub(cfg)[0] for cfg in (smoke, online)] == ["pass", "pass"]
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert [placement.check_hub(cfg)[0] for cfg in (smoke, online)] == ["warn", "pass"]
+    assert [doctor.check_hub(cfg)[0] for cfg in (smoke, online)] == ["warn", "pass"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert [placement.check_hub(cfg)[0] for cfg in (smoke, online)] == ["pass", "warn"]
+    assert [doctor.check_hub(cfg)[0] for cfg in (smoke, online)] == ["pass", "warn"]
 
 
 @pytest.mark.parametrize(
@@ -250,11 +249,11 @@ def test_interfaces(
         (tmp_path / name).mkdir()
     if given is not None:
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
-    assert placement.check_interfaces(lumi, tmp_path)[0] == status
+    assert doctor.check_interfaces(lumi, tmp_path)[0] == status
 
 
 def test_interfaces_do_not_matter_on_one_node(smoke: RunConfig) -> None:
-    assert placement.check_interfaces(smoke)[1] == "not applicable: one node"
+    assert doctor.check_interfaces(smoke)[1] == "not applicable: one node"
 
 
 def test_scratch(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from configs.errors import UserError
 from ledger.record import Ledger
-from marathon.cli import open_run
 from marathon.move import move
 from marathon.places import Place
+from marathon.stages import open_run
 from model.weights import file_sha256, list_checkpoints, manifest_sha256, read_manifest, verify_files
 from tests.marathon.conftest import SMALL, Command
 from tests.marathon.servers import s3_server, ssh_server

@@ -19,8 +19,7 @@ from ledger.pages import environment
 from marathon import report
 from marathon.charts import Frame, axis
 from marathon.cli import main
-from marathon.report import write_report
-from marathon.runfiles import RunFiles
+from marathon.report import RunFiles, write_report
 
 CHARTS: Any = environment(Path(report.__file__).parent).get_template("charts.svg.j2").module
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -12,8 +12,7 @@ from configs.compose import compose, freeze
 from configs.errors import EXIT_MISTAKE, UserError
 from ledger.record import Ledger
 from marathon import stage
-from marathon.restarts import note_start
-from marathon.stages import mark_done
+from marathon.stages import mark_done, note_start
 
 
 @pytest.fixture
