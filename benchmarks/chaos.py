@@ -8,7 +8,7 @@ its daemon, which comes back a moment later. Nobody submits anything again. At t
 the undisturbed run bit by bit, and the hash over consumed samples too.
 
 Of two kills in a row, one lets the run get further than it was: two starts without any progress are, by the rule of
-marathon/restarts.py, a run that stops.
+marathon/stages.py, a run that stops.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(stages: Sequence[str], overrides: list[str]) -> int:
     """Stages in order; only the first of all may find no run."""
-    from marathon.launch import launch
+    from marathon.stage import launch
     from marathon.stages import open_run
 
     cfg, run_dir = open_run(overrides, is_new=STAGES[0] in stages)
@@ -121,23 +121,49 @@ def data(arguments: list[str]) -> Answer:
     """Prepares the corpus; `data remove` takes documents out of it again."""
     if arguments[:1] != ["remove"]:
         return run(["data"], arguments)
-    from marathon.trace import remove
+    from data.removal import remove_documents
+    from ledger.record import Ledger
+    from marathon.stages import prepared_corpus
 
     given = _named(arguments[1:], "run", "ids", "reason")
-    named = Path(given["ids"].removeprefix("@"))
-    ids = named.read_text(encoding="utf-8").splitlines() if given["ids"].startswith("@") else given["ids"].split(",")
-    shards = remove(choices.run_folder(given["run"]), [doc_id for doc_id in ids if doc_id], given["reason"])
+    run_dir, ids = choices.run_folder(given["run"]), given["ids"].split(",")
+    if given["ids"].startswith("@"):
+        ids = Path(given["ids"][1:]).read_text(encoding="utf-8").splitlines()
+    shards = remove_documents(prepared_corpus(run_dir)["path"], filter(None, ids), given["reason"])
+    Ledger(run_dir).append("documents_removed", reason=given["reason"], shards=shards)
     return f"removed from {len(shards)} shards: {', '.join(shards)}\nin corpus.clean.opt_out.ids they stay out for ever"
 
 
 def trace(arguments: list[str]) -> str:
-    """Which documents a step was trained on."""
-    from marathon.trace import trace as documents_of
+    """A line for each document that a step, counted from 1, was trained on: source, language, id."""
+    import numpy as np
+
+    from configs.compose import load
+    from data.loader import Samples
+    from data.order import unskipped
+    from marathon.stages import prepared_corpus
+    from model.weights import list_checkpoints, read_manifest
+    from train.progress import Progress
 
     given = _named(arguments, "run", "step")
     if not given["step"].isdigit():
         raise UserError(f"step={given['step']}", "a step is a number", "step=1 is the first")
-    return "\n".join(documents_of(choices.run_folder(given["run"]), int(given["step"])))
+    run_dir, step = choices.run_folder(given["run"]), int(given["step"])
+    cfg, checkpoints = load(run_dir / "config.yaml"), list_checkpoints(run_dir)
+    # The newest checkpoint knows the mixture of all steps before it.
+    progress = Progress.from_json(read_manifest(checkpoints[-1])["progress"]) if checkpoints else Progress()
+    if not 1 <= step <= progress.step:
+        raise UserError(
+            f"step={step} of {run_dir}",
+            f"its newest checkpoint is of step {progress.step}, and steps count from 1",
+            f"step=1 to step={progress.step}" if progress.step else "train it first",
+        )
+    corpus_dir, seqs = prepared_corpus(run_dir)["path"], cfg.train.seqs_per_step
+    samples = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
+    positions = unskipped(np.arange((step - 1) * seqs, step * seqs), progress.skipped)
+    return "\n".join(
+        "\t".join((source, lang, name or "(removed)")) for source, lang, name in samples.documents(positions)
+    )
 
 
 def thresholds(arguments: list[str]) -> str:

@@ -22,8 +22,6 @@ from marathon.choices import run_names
 from train.faults import refuse_if_held
 
 CHECKPOINTS = "checkpoints"
-ON_ALL_DEVICES = {"train", "eval"}
-"""Stages of one process a device; the others are one process in all."""
 MAX_STARTS_WITHOUT_PROGRESS = 2
 _AFTER_DATA = (
     "training, evaluation and release go on from what `marathon data` prepares",

@@ -17,9 +17,8 @@ from configs.compose import compose, freeze
 from configs.errors import UserError
 from ledger.pages import environment
 from marathon import report
-from marathon.charts import Frame, axis
 from marathon.cli import main
-from marathon.report import RunFiles, write_report
+from marathon.report import Frame, RunFiles, axis, write_report
 
 CHARTS: Any = environment(Path(report.__file__).parent).get_template("charts.svg.j2").module
 VOID = {"meta", "link", "br", "hr", "img", "input"}
