@@ -4,6 +4,7 @@ A key press waits for the answer: Hydra stays out, and the schema is read only w
 """
 
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ def help_text(command: str = "") -> str:
 
 def list_choices() -> str:
     """Every group with a line for each of its files: name and first comment."""
-    lines = []
-    for group in sorted(_groups(), key=lambda g: (g != "experiment", g)):
+    lines, groups = [], _groups()
+    for group in sorted(groups, key=lambda group: (group != "experiment", group)):
         lines.append(group)
-        lines += [f"  {path.stem:<14} {_first_comment(path)}" for path in sorted((GROUPS / group).glob("*.yaml"))]
+        for path in groups[group]:
+            comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+            told = next((line.removeprefix("#").strip() for line in comments if "@package" not in line), "")
+            lines.append(f"  {path.stem:<14} {told}")
     return "\n".join(lines)
 
 
@@ -59,9 +63,8 @@ def completion_script(shell: str) -> str:
     """The script for a shell; raises `UserError` for one that is not known."""
     scripts = {path.suffix[1:]: path for path in sorted(HERE.glob("completion.*"))}
     if shell not in scripts:
-        raise UserError(
-            f"completion for {shell or 'no shell'}", f"the shells are {', '.join(scripts)}", "marathon completion bash"
-        )
+        known = f"the shells are {', '.join(scripts)}"
+        raise UserError(f"completion for {shell or 'no shell'}", known, "marathon completion bash")
     return scripts[shell].read_text(encoding="utf-8")
 
 
@@ -80,21 +83,16 @@ def _runs() -> Path:
     return Path(os.environ.get("MARATHON_SCRATCH", "scratch")) / "runs"
 
 
-def _groups() -> list[str]:
-    return sorted(p.name for p in GROUPS.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
+def _groups() -> dict[str, list[Path]]:
+    """Files of each group."""
+    files = sorted(GROUPS.glob("*/*.yaml"))
+    return {group: list(paths) for group, paths in groupby(files, key=lambda path: path.parent.name)}
 
 
 def _settings_like(begun: str) -> list[str]:
-    group, equals, _ = begun.partition("=")
-    if equals and group in _groups():
-        return [f"{group}={path.stem}" for path in (GROUPS / group).glob("*.yaml")]
+    groups, (group, equals, _) = _groups(), begun.partition("=")
+    if equals and group in groups:
+        return [f"{group}={path.stem}" for path in groups[group]]
     from configs.schema import RunConfig
 
-    return [f"{name}=" for name in (*_groups(), *setting_names(RunConfig))]
-
-
-def _first_comment(path: Path) -> str:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.removeprefix("#").strip()
-    return ""
+    return [f"{name}=" for name in (*groups, *setting_names(RunConfig))]

@@ -1,7 +1,7 @@
 """Folders on this machine or behind a URL, in which a file stands under its name only whole and as it should be.
 
-fsspec speaks to them. Credentials and keys come from where ssh and S3 keep them, and a URL is told without user and
-password. What a file system, a network or a server has against something is told in one message.
+Credentials and keys come from where ssh and S3 keep them, and a URL is told without user and password. What a file
+system, a network or a server has against something is told in one message.
 """
 
 import errno

@@ -14,17 +14,15 @@ from train.schedule import step_shape
 
 ASSUMED_MFU = 0.35
 """For the estimate of time only; published runs on these machines reach 0.25 to 0.6."""
-MAX_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default for ZeRO-3."""
 
 
 def device_memory(cfg: RunConfig) -> dict[str, float]:
     """Estimates the bytes on one device, by part; the allocator's fragmentation and the libraries come on top.
 
-    Weights stay whole, but for ZeRO-3, which keeps its share and up to 1e9 parameters that are in use (DeepSpeed's
-    `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others keep their
-    share in fp32 and pass the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and two
-    moments in fp32) are shared out over all devices. No activations are recomputed.
+    Weights stay whole, but for ZeRO-3, which keeps its share and up to 1e9 parameters that are in use (the default of
+    DeepSpeed's `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others
+    keep their share in fp32 and pass the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and
+    two moments in fp32) are shared out over all devices. No activations are recomputed.
     """
     rows = padded_rows(cfg.tokenizer.vocab_size)
     parameters = count_parameters(cfg.model, rows)
@@ -32,7 +30,7 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
     bytes_each = 4 if cfg.engine.precision is Precision.fp32 else 2
     tokens = step_shape(cfg).micro_batch_seqs * cfg.train.seq_len
     whole_gradients = parameters * (4 if bytes_each == 4 else 6)
-    live_weights = parameters if stage < 3 else parameters / world + min(parameters, MAX_LIVE_PARAMETERS)
+    live_weights = parameters if stage < 3 else parameters / world + min(parameters, 10**9)
     return {
         "weights": bytes_each * live_weights,
         "gradients": parameters * 4 / world if stage > 1 else whole_gradients,

@@ -1,9 +1,8 @@
 """RUN/report.html: one page that shows a run to others, offline, from the files in its folder.
 
-Every number is a rendering of config.yaml, ledger.jsonl, metrics.jsonl or eval/*.json; a fact that they do
-not hold is shown as `GAP: reason`. The page has no script and fetches nothing: style and drawings stand in it,
-and its own policy forbids the browser any request. What it says stands in report.html.j2, which calls the functions
-of this file for what has to be reckoned.
+Every number is a rendering of config.yaml, ledger.jsonl, metrics.jsonl or eval/*.json; a fact that they do not hold is
+shown as `GAP: reason`. The page has no script and fetches nothing, and its own policy forbids the browser any request.
+What it says stands in report.html.j2, which calls this file for what has to be reckoned; charts.svg.j2 draws.
 """
 
 import math
@@ -42,10 +41,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 class RunFiles:
-    """What the folder of one run says; raises `UserError` where there is no such folder.
-
-    The run may be in progress, or only some of its files may have been copied.
-    """
+    """The files of a run, which may be in progress or copied in part; raises `UserError` where there is no folder."""
 
     def __init__(self, run_dir: Path) -> None:
         if not run_dir.is_dir():
@@ -90,11 +86,7 @@ def _config(path: Path) -> tuple[RunConfig | None, str]:
 
 
 def _metrics(path: Path) -> list[Record]:
-    """Metric lines by step.
-
-    Those of a course that was given up at a restart are left out: a line for an earlier step than the last one takes
-    the place of all that came after it.
-    """
+    """Metric lines by step; after a restart, one for an earlier step takes the place of all that came after it."""
     kept: dict[tuple[int, str], Record] = {}
     for record in json_lines(path, object_hook=_with_nan):
         while kept and next(reversed(kept))[0] > record["step"]:
@@ -140,11 +132,12 @@ class Frame:
 
     def trace(self, points: Iterable[Point]) -> list[Point]:
         """What is drawn of a curve by ascending x: thousandths of the width, and pixels from the top."""
+        finite = [point for point in points if math.isfinite(point[1])]
+        size = -(-len(finite) // _STRETCHES) or 1
+        stretches = [sorted(finite[n : n + size], key=lambda point: point[1]) for n in range(0, len(finite), size)]
+        drawn = [point for stretch in stretches for point in sorted({stretch[0], stretch[-1]})] + finite[-1:]
         range_ = self.x.high - self.x.low
-        return [
-            (round((at - self.x.low) / range_ * 1000, 1), self.y.down(value, self.height_px))
-            for at, value in _thinned(points)
-        ]
+        return [(round((at - self.x.low) / range_ * 1000, 1), self.y.down(v, self.height_px)) for at, v in drawn]
 
 
 def axis(values: Iterable[float], n_ticks: int = 5, from_zero: bool = True) -> Axis:
@@ -158,13 +151,6 @@ def axis(values: Iterable[float], n_ticks: int = 5, from_zero: bool = True) -> A
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Axis(low, high, tuple(n * step for n in range(first, last + 1)))
-
-
-def _thinned(points: Iterable[Point]) -> list[Point]:
-    finite = [point for point in points if math.isfinite(point[1])]
-    size = -(-len(finite) // _STRETCHES) or 1
-    stretches = [sorted(finite[n : n + size], key=lambda point: point[1]) for n in range(0, len(finite), size)]
-    return [point for stretch in stretches for point in sorted({stretch[0], stretch[-1]})] + finite[-1:]
 
 
 def curve(records: Iterable[Record], key: str, scale: float = 1) -> list[Point]:

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -27,11 +28,8 @@ from ledger.record import Ledger
 from marathon.choices import commands
 from marathon.stages import CHECKPOINTS, inputs_of, is_done, mark_done, note_start, prepared_corpus
 
-ON_ALL_DEVICES = {"train", "eval"}
-"""Stages of one process a device; the others are one process in all."""
 GRACE_S = 15
 """Time for the other processes to end by themselves once one has failed, and again after being asked."""
-LAST_LINES = 20
 Process = subprocess.Popen[bytes]
 DISK_TROUBLE = {
     errno.ENOSPC: "make room on the disk",
@@ -50,18 +48,19 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     if is_done(stage, inputs_of(stage, cfg, run_dir), run_dir):
         print(f"{stage}: complete, skipped")
         return 0
-    n_processes = cfg.cluster.devices_per_node if stage in ON_ALL_DEVICES else 1
+    n_processes = cfg.cluster.devices_per_node if stage in ("train", "eval") else 1
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     logs = [run_dir / "logs" / f"{stage}-rank-{rank}.log" for rank in range(n_processes)]
     command = [sys.executable, "-m", "marathon.stage", stage, str(run_dir)]
-    told = {"WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes, "OMP_NUM_THREADS": cfg.cluster.cpus_per_device}
-    told |= {"MASTER_PORT": _free_port(), "PYTHONSAFEPATH": 1}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # a free one
+    told = {"WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes, "MASTER_PORT": port}
+    told |= {"OMP_NUM_THREADS": cfg.cluster.cpus_per_device, "PYTHONSAFEPATH": 1}
     processes = [_start(command, {**told, "RANK": rank, "LOCAL_RANK": rank}, log) for rank, log in enumerate(logs)]
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -73,10 +72,9 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
         if process.returncode == status < 0:
             name = signal.Signals(-status).name
             print(f"rank {rank} was ended by {name}: the same line goes on from the last checkpoint", file=sys.stderr)
-        if rank and (process.returncode not in (0, status) or (status and not processes[0].returncode)):
-            last_lines = logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-            if last_lines:
-                print(f"--- end of {logs[rank]}", *last_lines, sep="\n", file=sys.stderr)
+        is_untold = rank and (process.returncode not in (0, status) or (status and not processes[0].returncode))
+        if is_untold and (lines := logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()):
+            print(f"--- end of {logs[rank]}", *lines[-20:], sep="\n", file=sys.stderr)
     return status
 
 
@@ -90,13 +88,9 @@ def _start(command: list[str], told: dict[str, int], log: Path) -> Process:
             stderr=output,
             # The terminal's Ctrl-C goes to us alone; we pass it on once.
             start_new_session=True,
-            preexec_fn=_asked_to_stop_with_parent,
+            # PR_SET_PDEATHSIG: where the command is killed, its processes get SIGTERM, save, and do not go on unseen.
+            preexec_fn=partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM),
         )
-
-
-def _asked_to_stop_with_parent() -> None:
-    """Where the command is killed, its processes get SIGTERM: they save, and do not go on unseen."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _wait(processes: list[Process]) -> int:
@@ -112,11 +106,6 @@ def _wait(processes: list[Process]) -> int:
             deadline_s += GRACE_S
         time.sleep(0.05)
     return next((process.returncode for process in processes if process.returncode), 0)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def main(arguments: list[str] | None = None) -> int:

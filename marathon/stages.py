@@ -32,9 +32,8 @@ _AFTER_DATA = (
 def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path]:
     """Composes the config and freezes it into the run's folder, which is made if the run may be new.
 
-    Raises:
-        UserError: the run has checkpoints and a setting that decides what they are has changed; or it is not
-            there, and what is asked takes one.
+    Raises `UserError` where the run has checkpoints and a setting that decides what they are has changed, or where it
+    is not there and may not be new.
     """
     cfg = compose(overrides)
     require_families(cfg.suite)
@@ -54,8 +53,9 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
             "what decides weights and order of samples stays as the run began",
             f"name={cfg.name}-2 for a new run, or leave them as they were",
         )
-    if place := _moved_to(folder):
-        print(f"warning: run {cfg.name} was moved to {place}; what is done here stays here", file=sys.stderr)
+    hops = [r for r in Ledger(folder).read() if r["event"] in ("moved", "arrived", "train_start")]
+    if hops and hops[-1]["event"] == "moved":  # and has not gone on here since
+        print(f"warning: run {cfg.name} was moved to {hops[-1]['to']}; what is done here stays here", file=sys.stderr)
     if frozen.exists() and not changes:
         return cfg, folder
     refuse_if_held(folder)
@@ -81,18 +81,8 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _moved_to(run_dir: Path) -> str | None:
-    """Where the run has been moved to, if it has not gone on here since; None otherwise."""
-    hops = [r for r in Ledger(run_dir).read() if r["event"] in ("moved", "arrived", "train_start")]
-    return hops[-1]["to"] if hops and hops[-1]["event"] == "moved" else None
-
-
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """What decides the outcome of a stage.
-
-    Raises:
-        UserError: an earlier stage has yet to run.
-    """
+    """What decides the outcome of a stage; raises `UserError` where an earlier stage has yet to run."""
     if stage == "data":
         return _inputs_of_data(cfg, run_dir)
     corpus_hash = prepared_corpus(run_dir)["corpus_hash"]
@@ -146,8 +136,7 @@ def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[P
 def prepared_corpus(run_dir: Path) -> dict[str, Any]:
     """The ledger's newest `corpus` record: `path` on this machine, a `Path`, `corpus_hash` and what the corpus holds.
 
-    Raises:
-        UserError: the data stage has yet to run.
+    Raises `UserError` where the data stage has yet to run.
     """
     if record := Ledger(run_dir).last("corpus"):
         # It names the folder of the machine that prepared it; the corpus stands under the run's own scratch folder.
@@ -160,9 +149,8 @@ def prepared_corpus(run_dir: Path) -> dict[str, Any]:
 def note_start(stage: str, run_dir: Path) -> None:
     """Records that a stage starts, and how far the run had come.
 
-    Raises:
-        UserError: in a job, and the last starts of the stage had all come as far as this one finds it: it would burn
-            node-hours. The refusal is recorded, so that whoever mended the cause simply submits again.
+    Raises `UserError` in a job where the last starts had all come as far as this one finds it: it would burn
+    node-hours. The refusal is recorded, so that whoever mended the cause simply submits again.
     """
     ledger, reached, fruitless = Ledger(run_dir), _reached(stage, run_dir), 0
     for record in ledger.read():
