@@ -101,11 +101,8 @@ def move(arguments: list[str]) -> int:
             move_run(given, place)
             return 0
         case _:
-            raise UserError(
-                f"marathon move {' '.join(arguments)}",
-                "what is moved and where to are given",
-                "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER",
-            )
+            repair = "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER"
+            raise UserError(f"marathon move {' '.join(arguments)}", "what is moved and where to are given", repair)
 
 
 def report(arguments: list[str]) -> Path:
@@ -182,17 +179,14 @@ def _named(arguments: list[str], *names: str) -> dict[str, str]:
     """The values of NAME=VALUE arguments, each of which is needed."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != set(names):
-        raise UserError(
-            " ".join(arguments) or "no arguments",
-            f"what is needed is {', '.join(f'{name}=…' for name in names)}, and nothing else",
-            "marathon help COMMAND shows an example",
-        )
+        rule = f"what is needed is {', '.join(f'{name}=…' for name in names)}, and nothing else"
+        raise UserError(" ".join(arguments) or "no arguments", rule, "marathon help COMMAND shows an example")
     return given
 
 
 COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
-    "run": partial(run, STAGES),
     **{stage: partial(run, [stage]) for stage in STAGES},
+    "run": partial(run, STAGES),
     **{command.__name__: command for command in (data, plan, doctor, trace, thresholds, move, report, freeze)},
     "configs": lambda _: choices.list_choices(),
     "completion": lambda arguments: choices.completion_script(arguments[0] if arguments else ""),

@@ -164,20 +164,15 @@ def _read_list(source: Place, run: str) -> Pack:
     """What a pack consists of, by its list and by what is there."""
     content = source.read(f"{run}/{LIST}")
     if content is None:
-        raise UserError(
-            f"{source}/{run}/{LIST} is not there",
-            "a pack is complete when its list is",
-            "give the command that made the pack once more: it goes on where it stopped",
-        )
+        repair = "give the command that made the pack once more: it goes on where it stopped"
+        raise UserError(f"{source}/{run}/{LIST} is not there", "a pack is complete when its list is", repair)
     pack = Pack.of(content)
     sizes = source.sizes(run) | source.sizes(pack.corpus)
     for name, file in pack.files.items():
         if sizes.get(name) != file.n_bytes:
-            raise UserError(
-                f"{source}/{name} has {sizes.get(name, 'no')} bytes, the list says {file.n_bytes}",
-                "a pack is taken as it was made",
-                "make it again; or, if the run went on there, give `marathon move` on that machine",
-            )
+            found = f"{source}/{name} has {sizes.get(name, 'no')} bytes, the list says {file.n_bytes}"
+            repair = "make it again; or, if the run went on there, give `marathon move` on that machine"
+            raise UserError(found, "a pack is taken as it was made", repair)
     return pack
 
 
@@ -248,9 +243,7 @@ def _hand_over(source: Place, target: Place, run: str, pack: Pack, desk: Path) -
         if (content := source.read(name)) is None:
             continue
         if files.get(name, file := File.of(content)) != file:
-            raise UserError(
-                f"{source}/{name} is not what the list says", "a pack is taken as it was made", "make it again"
-            )
+            raise UserError(f"{source}/{name} is not as listed", "a pack is taken as it was made", "make it again")
         if Path(name).name == ledger.path.name:
             ledger.path.write_bytes(content)
             ledger.append("arrived", **{"from": str(source)}, at=str(target), host=target.host)

@@ -33,76 +33,11 @@ _STRETCHES = 300
 
 def write_report(run_dir: Path) -> Path:
     """Writes RUN/report.html, whole or not at all, and returns its path; `UserError` where RUN is no folder."""
-    reckoned = (language_name, axis, curve, bpb_curves, frame, typical, of_family, standard_error, history)
+    reckoned = (language_name, axis, curve, of_family, standard_error)
     functions = {function.__name__: function for function in reckoned}
     path = run_dir / "report.html"
     write_whole(path, render(_HERE / "report.html.j2", run=RunFiles(run_dir), **functions))
     return path
-
-
-class RunFiles:
-    """The files of a run, which may be in progress or copied in part; raises `UserError` where there is no folder."""
-
-    def __init__(self, run_dir: Path) -> None:
-        if not run_dir.is_dir():
-            found = f"{run_dir} is no folder; runs there: {', '.join(run_names(run_dir.parent)) or 'none'}"
-            raise UserError(found, "a report is made of a run", "give its name or its folder")
-        self.config, self.config_gap = _config(run_dir / "config.yaml")
-        self.name = self.config.name if self.config else run_dir.resolve().name
-        metrics = _metrics(run_dir / "metrics.jsonl")
-        self.train = [record for record in metrics if record["kind"] == "train"]
-        self.valid = [record for record in metrics if record["kind"] == "valid"]
-        self.evaluations = read_results(run_dir)
-        self.ledger = list(Ledger(run_dir).read())
-        # What the last freezing, change and start of training found, the later before the earlier.
-        self.settled = self.last("frozen") | self.last("changed") | self.last("train_start")
-        self.checkpoints = list({record["name"]: record for record in self.events("checkpoint")}.values())
-        self.planned: dict[str, Record] = {row["language"]: row for row in self.last("mixture").get("rows", [])}
-        configured = self.config.corpus.languages if self.config else []
-        measured = (record["bpb"] for record in (*self.valid, *self.evaluations))
-        self.languages = sorted({*configured, *self.planned}.union(*measured))
-
-    def events(self, name: str) -> list[Record]:
-        """Ledger records of one event."""
-        return [record for record in self.ledger if record["event"] == name]
-
-    def last(self, name: str) -> Record:
-        """The newest ledger record of one event; empty where there is none."""
-        return (self.events(name) or [{}])[-1]
-
-    def fact(self, key: str) -> Any:
-        """The newest value that the ledger has under `key`, or None."""
-        return next((record[key] for record in reversed(self.ledger) if key in record), None)
-
-
-def _config(path: Path) -> tuple[RunConfig | None, str]:
-    """The config, or the reason why there is none."""
-    if not path.is_file():
-        return None, "config.yaml is not there"
-    try:
-        return load(path), ""
-    except UserError as error:
-        return None, f"config.yaml does not fit this version: {error.found}"
-
-
-def _metrics(path: Path) -> list[Record]:
-    """Metric lines by step; after a restart, one for an earlier step takes the place of all that came after it."""
-    kept: dict[tuple[int, str], Record] = {}
-    for record in json_lines(path, object_hook=_with_nan):
-        while kept and next(reversed(kept))[0] > record["step"]:
-            kept.popitem()
-        kept[record["step"], record["kind"]] = record
-    return list(kept.values())
-
-
-def _with_nan(record: Record) -> Record:
-    """JSON has no NaN: the trainer writes null for a number that was not finite."""
-    return {key: math.nan if value is None else value for key, value in record.items()}
-
-
-def language_name(code: str) -> str:
-    """The English name of a BCP-47 code, or the code itself where it has none."""
-    return str(Locale("en").languages.get(code.split("-")[0], code))
 
 
 @dataclass(frozen=True)
@@ -153,28 +88,96 @@ def axis(values: Iterable[float], n_ticks: int = 5, from_zero: bool = True) -> A
     return Axis(low, high, tuple(n * step for n in range(first, last + 1)))
 
 
+class RunFiles:
+    """The files of a run, which may be in progress or copied in part; raises `UserError` where there is no folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        if not run_dir.is_dir():
+            found = f"{run_dir} is no folder; runs there: {', '.join(run_names(run_dir.parent)) or 'none'}"
+            raise UserError(found, "a report is made of a run", "give its name or its folder")
+        self.config, self.config_gap = _config(run_dir / "config.yaml")
+        self.name = self.config.name if self.config else run_dir.resolve().name
+        metrics = _metrics(run_dir / "metrics.jsonl")
+        self.train = [record for record in metrics if record["kind"] == "train"]
+        self.valid = [record for record in metrics if record["kind"] == "valid"]
+        self.evaluations = read_results(run_dir)
+        self.ledger = list(Ledger(run_dir).read())
+        # What the last freezing, change and start of training found, the later before the earlier.
+        self.settled = self.last("frozen") | self.last("changed") | self.last("train_start")
+        self.checkpoints = list({record["name"]: record for record in self.events("checkpoint")}.values())
+        self.planned: dict[str, Record] = {row["language"]: row for row in self.last("mixture").get("rows", [])}
+        configured = self.config.corpus.languages if self.config else []
+        measured = (record["bpb"] for record in (*self.valid, *self.evaluations))
+        self.languages = sorted({*configured, *self.planned}.union(*measured))
+
+    def events(self, name: str) -> list[Record]:
+        """Ledger records of one event."""
+        return [record for record in self.ledger if record["event"] == name]
+
+    def last(self, name: str) -> Record:
+        """The newest ledger record of one event; empty where there is none."""
+        return (self.events(name) or [{}])[-1]
+
+    def fact(self, key: str) -> Any:
+        """The newest value that the ledger has under `key`, or None."""
+        return next((record[key] for record in reversed(self.ledger) if key in record), None)
+
+    def typical(self, key: str) -> float | None:
+        """The median of a figure of the training lines."""
+        found = [value for _, value in curve(self.train, key) if math.isfinite(value)]
+        return median(found) if found else None
+
+    def bpb_curves(self) -> dict[str, list[Point]]:
+        """Bits per byte over tokens seen, by language."""
+        lines = [{**record["bpb"], "tokens": record["tokens"]} for record in self.valid]
+        return {code: curve(lines, code) for code in self.languages}
+
+    def frame(self, curves: Iterable[list[Point]], height_px: int, from_zero: bool = True) -> Frame:
+        """Across, all charts show the same tokens, so that they can be read one above the other."""
+        tokens = axis([record["tokens"] for record in (*self.train, *self.valid)])
+        values = [value for points in curves for _, value in points]
+        return Frame(tokens, axis(values, 5 if height_px > 200 else 3, from_zero), height_px)
+
+    def history(self) -> list[tuple[float, str]]:
+        """Time and sentence of each event that history.yaml has words for."""
+        words = yaml.safe_load((_HERE / "history.yaml").read_text(encoding="utf-8"))
+        told = [record for record in self.ledger if record["event"] in words]
+        return [(r["time"], environment(_HERE).from_string(words[r["event"]]).render(r)) for r in told]
+
+
+def _config(path: Path) -> tuple[RunConfig | None, str]:
+    """The config, or the reason why there is none."""
+    if not path.is_file():
+        return None, "config.yaml is not there"
+    try:
+        return load(path), ""
+    except UserError as error:
+        return None, f"config.yaml does not fit this version: {error.found}"
+
+
+def _metrics(path: Path) -> list[Record]:
+    """Metric lines by step; after a restart, one for an earlier step takes the place of all that came after it."""
+    kept: dict[tuple[int, str], Record] = {}
+    for record in json_lines(path, object_hook=_with_nan):
+        while kept and next(reversed(kept))[0] > record["step"]:
+            kept.popitem()
+        kept[record["step"], record["kind"]] = record
+    return list(kept.values())
+
+
+def _with_nan(record: Record) -> Record:
+    """JSON has no NaN: the trainer writes null for a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in record.items()}
+
+
+def language_name(code: str) -> str:
+    """The English name of a BCP-47 code, or the code itself where it has none."""
+    return str(Locale("en").languages.get(code.split("-")[0], code))
+
+
 def curve(records: Iterable[Record], key: str, scale: float = 1) -> list[Point]:
     """A figure over tokens seen, where it was written."""
     return [(r["tokens"], r[key] * scale) for r in records if isinstance(r.get(key), int | float)]
-
-
-def bpb_curves(run: RunFiles) -> dict[str, list[Point]]:
-    """Bits per byte over tokens seen, by language."""
-    lines = [{**record["bpb"], "tokens": record["tokens"]} for record in run.valid]
-    return {code: curve(lines, code) for code in run.languages}
-
-
-def frame(run: RunFiles, curves: Iterable[list[Point]], height_px: int, from_zero: bool = True) -> Frame:
-    """Across, all charts show the same tokens, so that they can be read one above the other."""
-    tokens = axis([record["tokens"] for record in (*run.train, *run.valid)])
-    values = [value for points in curves for _, value in points]
-    return Frame(tokens, axis(values, 5 if height_px > 200 else 3, from_zero), height_px)
-
-
-def typical(run: RunFiles, key: str) -> float | None:
-    """The median of a figure of the training lines."""
-    found = [value for _, value in curve(run.train, key) if math.isfinite(value)]
-    return median(found) if found else None
 
 
 def of_family(record: Record, family: str) -> dict[str, Record]:
@@ -186,10 +189,3 @@ def of_family(record: Record, family: str) -> dict[str, Record]:
 def standard_error(results: dict[str, Record]) -> float:
     """Of the mean accuracy, if languages are independent."""
     return math.hypot(*(result["acc_stderr"] for result in results.values())) / len(results)
-
-
-def history(run: RunFiles) -> list[tuple[float, str]]:
-    """Time and sentence of each event that history.yaml has words for."""
-    words = yaml.safe_load((_HERE / "history.yaml").read_text(encoding="utf-8"))
-    told = [record for record in run.ledger if record["event"] in words]
-    return [(r["time"], environment(_HERE).from_string(words[r["event"]]).render(r)) for r in told]
