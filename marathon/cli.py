@@ -25,15 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["help"]
     try:
         if name in ("help", *HELP):
-            print(choices.help_text(*rest[:1]))
-            return 0
-        if name not in COMMANDS:
+            answer: Answer = choices.help_text(*rest[:1])
+        elif name not in COMMANDS:
             known = ", ".join(n for n in COMMANDS if n[0] != "_")
             raise UserError(f"marathon {name}", f"the commands are {known}", "marathon --help")
-        if HELP.intersection(rest):
-            print(choices.help_text(name))
-            return 0
-        answer = COMMANDS[name](rest)
+        else:
+            answer = choices.help_text(name) if HELP.intersection(rest) else COMMANDS[name](rest)
         if isinstance(answer, int):
             return answer
         print(answer)

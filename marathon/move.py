@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 from data.manifest import MANIFEST, Manifest, marks
@@ -24,6 +25,7 @@ from marathon.places import ARRIVING, File, Place
 from marathon.stages import CHECKPOINTS, prepared_corpus
 from model.weights import file_sha256, list_checkpoints, read_manifest, verify_files
 
+Record = dict[str, Any]
 LIST, PARTIAL_LIST = "moved.json", ".moving.json"
 """Of all files that arrived, and of those that have so far."""
 LIST_EVERY_S = 5.0
@@ -69,18 +71,19 @@ def move(given: str, to: str) -> None:
         raise UserError(f"--to {target}", "the run is there already", "--to another folder or URL")
     if not (source.is_local or target.is_local):
         raise UserError(f"from {source} to {target}", "one of both is on this machine", "move it here first")
-    with tempfile.TemporaryDirectory() as desk:
-        ledger = _copy_ledger(source, run, Path(desk) / "ours")
-        _require_known_history(ledger, _copy_ledger(target, run, Path(desk) / "theirs"), target, run)
+    with tempfile.TemporaryDirectory() as folder:
+        desk = Path(folder)
+        history = _read_ledger(source, run, desk)
+        _require_known_history(history, _read_ledger(target, run, desk), target, run)
         pack = _look_through(source, run) if source.is_local else _read_list(source, run)
-        pack, arrived = _look_over_there(target, run, pack, Path(desk))
+        pack, arrived = _look_over_there(target, run, pack, desk)
         sent = _send(source, target, run, pack, arrived)
-        _hand_over(source, target, run, pack, Path(desk))
-        print(
-            f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, "
-            f"{pack.n_bytes(sent) / 1e6:,.1f} MB of {pack.n_bytes(pack.files) / 1e6:,.1f} MB sent, the others were "
-            f"there\nto go on there, in a checkout of Marathon:\n{_next_line(target, ledger, name)}"
-        )
+        _hand_over(source, target, run, pack, desk)
+    print(
+        f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, "
+        f"{pack.n_bytes(sent) / 1e6:,.1f} MB of {pack.n_bytes(pack.files) / 1e6:,.1f} MB sent, the others were "
+        f"there\nto go on there, in a checkout of Marathon:\n{_next_line(target, history, name)}"
+    )
 
 
 def _find_run(given: str) -> tuple[Place, str]:
@@ -100,11 +103,11 @@ def _find_run(given: str) -> tuple[Place, str]:
     return place, name
 
 
-def _next_line(target: Place, ledger: Ledger, name: str) -> str:
+def _next_line(target: Place, history: list[Record], name: str) -> str:
     """What to type at the other place; the cluster there is another."""
     if not target.renames:
         return f'  marathon move {shlex.quote(str(target))} --to "${{MARATHON_SCRATCH:-scratch}}"'
-    known = [record["arguments"] for record in ledger.read() if "arguments" in record]
+    known = [record["arguments"] for record in history if "arguments" in record]
     given = known[-1] if known else ["experiment=…", f"name={name}"]
     kept = [argument for argument in given if not argument.startswith(("cluster=", "cluster."))]
     return (
@@ -113,16 +116,15 @@ def _next_line(target: Place, ledger: Ledger, name: str) -> str:
     )
 
 
-def _copy_ledger(place: Place, run: str, folder: Path) -> Ledger:
-    folder.mkdir()
-    ledger = Ledger(folder)
+def _read_ledger(place: Place, run: str, desk: Path) -> list[Record]:
+    ledger = Ledger(desk)
     ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
-    return ledger
+    return list(ledger.read())
 
 
-def _require_known_history(ours: Ledger, theirs: Ledger, target: Place, run: str) -> None:
+def _require_known_history(ours: list[Record], theirs: list[Record], target: Place, run: str) -> None:
     """Nothing has been done over there that this end does not know of."""
-    known, found = ([r for r in ledger.read() if r["event"] != "arrived"] for ledger in (ours, theirs))
+    known, found = ([r for r in history if r["event"] != "arrived"] for history in (ours, theirs))
     if found != known[: len(found)]:
         raise UserError(
             f"{target}/{run} has a history of its own: `{found[-1]['event']}` is the last of {len(found)} records",

@@ -7,6 +7,7 @@ from configs.errors import UserError
 from configs.schema import ModelConfig, RunConfig
 from data.manifest import TRAIN, Manifest
 from data.mixture import plan_phases, table
+from data.pipeline import corpus_dir
 from ledger.pages import render
 from model.decoder import count_parameters, flops_per_token, padded_rows
 from train.retention import checkpoint_bytes, checkpoints_on_disk
@@ -78,8 +79,6 @@ def plan_text(cfg: RunConfig) -> str:
 
 def mixture_text(cfg: RunConfig) -> str:
     """All phases of the mixture, where the corpus has been prepared; raises `UserError` where they cannot be kept."""
-    from data.pipeline import corpus_dir
-
     try:
         manifest = Manifest.load(corpus_dir(cfg))
     except UserError as error:

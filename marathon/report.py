@@ -33,8 +33,7 @@ _STRETCHES = 300
 
 def write_report(run_dir: Path) -> Path:
     """Writes RUN/report.html, whole or not at all, and returns its path; `UserError` where RUN is no folder."""
-    reckoned = (language_name, axis, curve, of_family, standard_error)
-    functions = {function.__name__: function for function in reckoned}
+    functions = {reckon.__name__: reckon for reckon in (language_name, axis, curve, of_family, standard_error)}
     path = run_dir / "report.html"
     write_whole(path, render(_HERE / "report.html.j2", run=RunFiles(run_dir), **functions))
     return path
