@@ -15,7 +15,6 @@ from configs.enums import Packing
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data.files import sha256
-from eval.suites import require_families
 from ledger import host
 from ledger.record import Ledger, json_lines
 from marathon.choices import run_names
@@ -35,6 +34,8 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     Raises `UserError` where the run has checkpoints and a setting that decides what they are has changed, or where it
     is not there and may not be new.
     """
+    from eval.suites import require_families  # only here: no rank pays for the tables of languages
+
     cfg = compose(overrides)
     require_families(cfg.suite)
     folder = run_dir(cfg)
