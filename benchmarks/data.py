@@ -33,9 +33,10 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def marathon(text: Path, model: Path, out: Path) -> None:
+    from configs.text import TasksConfig
     from data.engine import warm_up
 
-    warm_up()
+    warm_up(TasksConfig())  # as the command does
     from configs.compose import compose
     from configs.enums import SourceFormat
     from configs.text import SourceConfig

@@ -149,7 +149,7 @@ class DecontaminateConfig:
     """Training text that holds what the model will be asked in evaluation."""
 
     against: list[str] = field(default_factory=list)
-    """JSON lines files with `text`, or text files, to look for; empty: no search."""
+    """Questions of evaluations to look for: JSON lines, all of whose strings count, or text files; empty: no search."""
     ngram: int = 13
     """A match is so many words in a row."""
     max_documents: int = 10

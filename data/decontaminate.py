@@ -7,8 +7,8 @@ Files of documents are searched one by one; what is a common phrase is known whe
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +46,17 @@ class Finding(NamedTuple):
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:
-    """Texts of evaluations: the `text` of JSON lines, and lines of .txt files; `UserError` where a line is neither."""
+    """Texts of evaluations: every string in JSON lines, such as passage, question and choices, and lines of .txt files.
+
+    Raises `UserError` where a line holds none.
+    """
     return [
-        Item(f"{name}:{number}", _text(f"{name}:{number}", line, is_json=not name.endswith(".txt")))
+        Item(f"{name}:{number}", text)
         for path in paths
         for file, name in find_files(path, (*JSONL, ".txt"))
         for number, line in enumerate(read_lines(file), 1)
         if line.strip()
+        for text in _texts(f"{name}:{number}", line, is_json=not name.endswith(".txt"))
     ]
 
 
@@ -131,12 +135,20 @@ def _windows(words: Hashes, starts: NDArray[np.int64], length: int) -> tuple[Has
     return hashes, np.where(first == last, first, -1)
 
 
-def _text(place: str, line: bytes, is_json: bool) -> str:
+def _texts(place: str, line: bytes, is_json: bool) -> list[str]:
     try:
-        text = json.loads(line)["text"] if is_json else line.decode("utf-8-sig")
-    except (ValueError, TypeError, KeyError):
-        text = None
-    if not isinstance(text, str):
-        rule = "what is looked for is UTF-8: lines of JSON with a string `text`, or plain lines in files named .txt"
+        texts = [*_strings(json.loads(line))] if is_json else [line.decode("utf-8-sig")]
+    except ValueError:
+        texts = []
+    if not texts:
+        rule = "what is looked for is UTF-8: lines of JSON that hold strings, or plain lines in files named .txt"
         raise UserError(f"{place}: {line[:200]!r}", rule, "correct the line, or corpus.decontaminate.against")
-    return text
+    return texts
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

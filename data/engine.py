@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
 
+from configs.enums import Runner
 from configs.errors import UserError
 from configs.text import TasksConfig
 from ledger.progress import Progress
@@ -45,7 +46,8 @@ def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
 
     Raises what a unit raised, and `UserError` where a process was killed.
     """
-    n_workers = cfg.workers or len(os.sched_getaffinity(0))
+    n_workers = _n_workers(cfg)
+    warm_up(cfg)
     with ExitStack() as stack:
         workers: ProcessPoolExecutor | None = None
         for step in steps:
@@ -73,15 +75,19 @@ def _do(step: Step, unit: str) -> None:
         step.run(unit)
 
 
-def warm_up() -> None:
+def warm_up(cfg: TasksConfig) -> None:
     """Starts the process that workers are forked from; it imports what they need while this one goes on."""
-    forkserver.set_forkserver_preload([__name__, "data.pipeline", "awkward", "gigatoken", "pandas"])
-    forkserver.ensure_running()
+    if cfg.runner is Runner.local and _n_workers(cfg) > 1:
+        forkserver.set_forkserver_preload([__name__, "data.pipeline", "awkward", "gigatoken", "pandas"])
+        forkserver.ensure_running()
+
+
+def _n_workers(cfg: TasksConfig) -> int:
+    return cfg.workers or len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
-    warm_up()
     workers = ProcessPoolExecutor(n, multiprocessing.get_context("forkserver"), _begin)
     try:
         yield workers

@@ -149,6 +149,9 @@ def _disk_trouble(error: OSError, run_dir: Path) -> UserError:
 
 def run_data(cfg: RunConfig, run_dir: Path) -> int:
     """Prepares the corpus and tells the ledger what it holds."""
+    from data.engine import warm_up
+
+    warm_up(cfg.tasks)
     from data.manifest import Manifest
     from data.pipeline import prepare
 

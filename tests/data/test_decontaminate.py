@@ -133,10 +133,12 @@ def test_nothing_is_found_where_there_is_nothing() -> None:
 
 
 def test_items_are_lines_of_json_and_of_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "eins"}\n\n{"text": "zwei", "answer": 2}\n', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "eins"}\n\n{"passage": "zwei", "choices": ["drei", {"b": "vier"}], "answer": 2}\n', encoding="utf-8"
+    )
     (tmp_path / "b.txt").write_text("\ufeffeins\n \n{drei}", encoding="utf-8")
     items = read_items([str(tmp_path), str(tmp_path / "a.jsonl")])
-    lines = [Item("a.jsonl:1", "eins"), Item("a.jsonl:3", "zwei")]
+    lines = [Item("a.jsonl:1", "eins"), *(Item("a.jsonl:3", text) for text in ("zwei", "drei", "vier"))]
     assert items == [*lines, Item("b.txt:1", "eins"), Item("b.txt:3", "{drei}"), *lines]
 
 
@@ -146,7 +148,7 @@ def test_a_text_file_in_another_encoding_is_told(tmp_path: Path) -> None:
         read_items([str(tmp_path / "a.txt")])
 
 
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"question": "x"}', "[]", "text", '"text"', '{"text": "\xff"}'])
+@pytest.mark.parametrize("line", ['{"text": 3}', "{}", "[]", "text", "7", '{"text": "\xff"}'])
 def test_a_line_that_is_no_item_is_told(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line.encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.jsonl:2"):
