@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,10 @@ class _Group:
 
     def _flush(self) -> None:
         documents, n_bytes = self._documents, np.fromiter(map(len, self._contents), np.int64)
-        found = [field.name for field in SCHEMA if field.name not in ("text", "n_bytes")]
-        columns: dict[str, Any] = {name: [getattr(d, name) for d in documents] for name in found}
-        texts = [d.text for d in documents]
+        found = [field.name for field in SCHEMA if field.name != "n_bytes"]
+        rows = map(attrgetter(*found), documents)
+        columns: dict[str, Any] = dict(zip(found, zip(*rows, strict=True), strict=True))
+        texts = columns["text"]
         self._hashes.append(document_hashes(documents[0].source, columns["id"], columns["licence"], texts, self._cfg))
         if self._questions:
             self._matches.append(self._questions.match(texts, self._n_written))

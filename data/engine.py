@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.text import TasksConfig
 from ledger.progress import Progress
 
-CHUNKS_A_WORKER = 32
+CHUNKS_A_WORKER = 100
 """Units differ in size: with many chunks of them for each worker, none waits long for the last."""
 
 

@@ -38,7 +38,7 @@ FORMAT = 2
 """Part of the key: raise it when the same documents would give other shards."""
 VERIFIED_ONE_IN = 1000
 """Ids are compared with those of sentencepiece for one document in so many, and the first of each batch."""
-ENCODED_BYTES = 16_000_000
+ENCODED_BYTES = 32_000_000
 """Text that is encoded at once: gigatoken remembers words within a call, at about 15 bytes for each of the text."""
 PLAN, REPORT = "plan.json", "report"
 
@@ -213,7 +213,8 @@ class Corpus:
         write_whole(folder / "report.txt", report_table(report) + "\n")
 
     def _shards_and_report(self) -> list[str]:
-        return [REPORT, *self._stems()]
+        shards = self._plan()["shards"]
+        return [REPORT, *sorted(shards, key=lambda stem: (-len(shards[stem]), stem))]  # the longest first
 
     def _stems(self) -> list[str]:
         return sorted(self._plan()["shards"])
