@@ -72,7 +72,8 @@ class Audit:
         """Counts a record as read, and as bad where there is a reason."""
         counts = self.records.setdefault(source, {READ: 0})
         counts[READ] += 1
-        count(self.tally(READ, language).came, 1, n_bytes)
+        came = self.tally(READ, language).came
+        came[0], came[1] = came[0] + 1, came[1] + n_bytes
         if reason:
             counts[reason] = counts.get(reason, 0) + 1
 

@@ -105,10 +105,11 @@ def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tu
 def _spans(files: Sequence[Path]) -> tuple[dict[Path, slice], int]:
     """Which numbers the rows of each file have within the group, and how many there are."""
     spans, end = {}, 0
+    first_height = len(_read(files[0]))
     for path in files:
         height, width = _read(path).shape
-        if height != len(_read(files[0])):
-            raise _damaged(path, f"{height} numbers for each document, and {files[0]} has {len(_read(files[0]))}")
+        if height != first_height:
+            raise _damaged(path, f"{height} numbers for each document, and {files[0]} has {first_height}")
         spans[path] = slice(end, end := end + width)
     return spans, end
 

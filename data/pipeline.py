@@ -37,7 +37,7 @@ from data.tokenizer import Encoder
 FORMAT = 2
 """Part of the key: raise it when the same documents would give other shards."""
 VERIFIED_ONE_IN = 1000
-"""Ids are compared with those of sentencepiece for one document in so many, and the first of each batch."""
+"""Ids are compared with those of sentencepiece for the first document of each batch, and one in so many."""
 ENCODED_BYTES = 32_000_000
 """Text that is encoded at once: gigatoken remembers words within a call, at about 15 bytes for each of the text."""
 PLAN, REPORT = "plan.json", "report"

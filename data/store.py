@@ -5,6 +5,7 @@ those whose id an earlier one has, `.dropped.npy` those and the copies, `.alike.
 many documents each stands for, `.questions.npy` those that hold what evaluations ask.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -59,12 +60,10 @@ class Store:
 
     def stored(self, source: str = "*", language: str = "*") -> list[StoredFile]:
         """Files of documents in an order that only the inputs decide, by source and unit."""
-        units = [unit for unit in self.units if source in ("*", unit.split("/")[0])]
-        return [
-            StoredFile(path.relative_to(self.root).as_posix(), unit.split("/")[0], *path.stem.rsplit(".", 1))
-            for unit in units
-            for path in sorted((self.root / "units" / unit).glob(f"{language}.*.parquet"))
-        ]
+        units, folder = [unit for unit in self.units if source in ("*", unit.split("/")[0])], self.root / "units"
+        names = [f"units/{unit}/{name}" for unit in units for name in sorted(os.listdir(folder / unit))]
+        found = [stored_file(name) for name in names if name.endswith(".parquet")]
+        return [file for file in found if language in ("*", file.language)]
 
     def plan(self, shard_bytes: int) -> dict[str, list[tuple[str, int]]]:
         """Which row groups of which files make up each shard of about `shard_bytes`, by the shard's name."""
@@ -156,6 +155,6 @@ class Store:
 
 
 def stored_file(name: str) -> StoredFile:
-    """The file of that name."""
-    path = Path(name)
-    return StoredFile(name, path.parts[1], *path.stem.rsplit(".", 1))
+    """The file of that name: units/SOURCE/NUMBER/LANGUAGE.SPLIT.parquet."""
+    _, source, _, file = name.split("/")
+    return StoredFile(name, source, *file.split(".")[:2])

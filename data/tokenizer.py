@@ -215,5 +215,9 @@ def _require_lossless_bpe(pieces: SentencePieceProcessor, declared: list[str], l
 def _merges(learned: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order of ids: sentencepiece merges by the result's rank."""
     known = set(learned)
-    pairs = ((piece[:cut], piece[cut:]) for piece in learned for cut in range(1, len(piece)))
-    return [pair for pair in pairs if known.issuperset(pair)]
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in learned
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
