@@ -10,8 +10,8 @@ timed from its first line, imports and starting of workers included, with as man
   datatrove       its JsonlReader and DocumentTokenizer, shuffling off
   sentencepiece   a loop of json, encode, tofile
 
-Tokens have to be the same, document by document, in all three; documents with U+2581, which marathon refuses, are left
-out. Memory is the largest sum over the process tree, in a run of its own: looking takes time.
+Tokens have to be the same, document by document, in all three; documents with U+2581, which marathon refuses, and
+repeated ids are left out. Memory is the largest sum over the process tree, in a run of its own: looking takes time.
 """
 
 import argparse
@@ -150,16 +150,16 @@ def choose_text(source: Path, folder: Path, megabytes: int) -> tuple[Path, float
     files = sorted(source.glob("*.jsonl.zst"))
     sizes = {path: sum(len(json.loads(line)["text"].encode()) for line in zstandard.open(path, "rt")) for path in files}
     share = min(1.0, megabytes * 1e6 / sum(sizes.values()))
-    chosen, n_bytes, languages = folder / "text", 0, set()
+    chosen, n_bytes, languages, ids = folder / "text", 0, set(), set()
     chosen.mkdir()
     for path in files:
         with zstandard.open(path, "rt") as lines, zstandard.open(chosen / path.name, "wt") as kept:
             for line in lines:
                 record = json.loads(line)
-                if (
-                    "\u2581" not in record["text"]
-                    and int.from_bytes(hashlib.md5(record["id"].encode()).digest()[:4]) < share * 2**32
-                ):
+                if "\u2581" in record["text"] or record["id"] in ids:
+                    continue
+                ids.add(record["id"])
+                if int.from_bytes(hashlib.md5(record["id"].encode()).digest()[:4]) < share * 2**32:
                     kept.write(line)
                     n_bytes += len(record["text"].encode())
                     languages.add(record["lang"])

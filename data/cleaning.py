@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from configs.schema import RunConfig
 from configs.text import CorpusConfig, DedupConfig, OptOutConfig
 from data import language, privacy, quality, rights
 from data.audit import READ, Audit
+from data.columns import numbers, strings
 from data.decontaminate import Matches, Ngrams
 from data.dedup import document_hashes, write_columns
 from data.heldout import split_of
@@ -38,14 +38,14 @@ MATCHES = ".matches.npy"
 
 SCHEMA = pa.schema(
     {
-        "id": pa.string(),
+        "id": pa.large_string(),
         "text": pa.large_string(),
         "n_bytes": pa.int64(),
-        "licence": pa.string(),
-        "url": pa.string(),
-        "location": pa.string(),
+        "licence": pa.large_string(),
+        "url": pa.large_string(),
+        "location": pa.large_string(),
         "lang_score": pa.float32(),
-        "lang_second": pa.string(),
+        "lang_second": pa.large_string(),
         "quality": pa.float32(),
     }
 )
@@ -178,20 +178,22 @@ class _Group:
             write_columns(Path(f"{self._stem}{MATCHES}"), self._matches)
 
     def _flush(self) -> None:
-        documents, n_bytes = self._documents, np.fromiter(map(len, self._contents), np.int64)
-        found = [field.name for field in SCHEMA if field.name != "n_bytes"]
-        rows = map(attrgetter(*found), documents)
-        columns: dict[str, Any] = dict(zip(found, zip(*rows, strict=True), strict=True))
-        texts = columns["text"]
-        self._hashes.append(document_hashes(documents[0].source, columns["id"], columns["licence"], texts, self._cfg))
+        found: dict[str, list[Any]] = {
+            name: [getattr(document, name) for document in self._documents]
+            for name in ("id", "text", "licence", "url", "location", "lang_second", "lang_score", "quality")
+        }
+        texts, source = found["text"], self._documents[0].source
+        self._hashes.append(document_hashes(source, found["id"], found["licence"], texts, self._cfg))
         if self._questions:
             self._matches.append(self._questions.match(texts, self._n_written))
         self._n_written += len(texts)
-        # The bytes are there; Arrow would make them from the strings once more.
-        buffers = [None, pa.py_buffer(np.append(0, np.cumsum(n_bytes))), pa.py_buffer(b"".join(self._contents))]
-        columns |= {"text": pa.Array.from_buffers(pa.large_string(), len(texts), buffers), "n_bytes": n_bytes}
+        columns = {
+            name: numbers(np.array(values, np.float32)) if name in ("lang_score", "quality") else strings(values)
+            for name, values in (found | {"text": self._contents}).items()  # whose bytes are there already
+        }
+        columns["n_bytes"] = numbers(np.fromiter(map(len, self._contents), np.int64))
         columns["text"].validate(full=True)
-        self._parquet.write_table(pa.table(columns, SCHEMA))
+        self._parquet.write_table(pa.table([columns[name] for name in SCHEMA.names], SCHEMA))
         self._documents, self._contents, self._n_characters = [], [], 0
 
 

@@ -35,6 +35,7 @@ from configs.text import map_paths
 from data import rights
 from data.audit import EXAMPLES, READ, Audit, write_page
 from data.cleaning import MATCHES, Cleaning, UnitWriter, clean_unit, cleaning
+from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
 from data.dedup import Copies, find_copies, find_repeated_ids
 from data.engine import Step
@@ -144,12 +145,12 @@ class Documents:
         """Counts the rows of a file that a step leaves out."""
         if not any(map(len, dropped.values())):
             return
-        rows = pq.read_table(self.store.root / file.name, columns=["n_bytes", "id", "location"])
-        sizes, tally = rows["n_bytes"].to_numpy(), audit.tally(step, file.language)
+        rows = pq.ParquetFile(self.store.root / file.name).read(["n_bytes", "id", "location"])
+        sizes, tally = to_numpy(rows["n_bytes"]), audit.tally(step, file.language)
         for reason, which in dropped.items():
             examples = [
                 {"source": file.source, "location": found["location"], "excerpt": found["id"]}
-                for found in rows.take(which[:EXAMPLES]).to_pylist()
+                for found in rows.take(numbers(which[:EXAMPLES])).to_pylist()
             ]
             if len(which):
                 tally.reject(reason, len(which), int(sizes[which].sum()), examples)
@@ -200,12 +201,8 @@ class Documents:
             audit.refuse_bad_share(source, self.cfg.max_bad_share)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
-        write_page(
-            audit,
-            "What became of every document",
-            {"documents": self.store.folder.name},
-            self.store.work / "audit.html",
-        )
+        told = {"documents": self.store.folder.name}
+        write_page(audit, "What became of every document", told, self.store.work / "audit.html")
         facts = {
             "sources": {
                 name: {"origin": source.origin, "records": audit.records.get(name, {}), "files": self.inputs[name]}
@@ -218,10 +215,7 @@ class Documents:
             ],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        for leftover in [
-            *self.store.work.glob("units/*/.*"),
-            *self.store.work.glob("units/*/*/.*"),
-        ]:  # of killed processes
+        for leftover in [*self.store.work.glob("units/**/.*")]:  # of killed processes
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         finish_folder(self.store.work, self.store.folder)
 
@@ -234,11 +228,10 @@ class Documents:
         if wanted and not lacking:
             return
         counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
-        others = {
-            lang: tally.rejected.get("language_not_wanted", [0])[0]
-            for lang, tally in audit.steps.get("wanted", {}).items()
-        }
-        found = ", ".join(f"{lang} {n}" for lang, n in Counter(others).most_common(5) if n)
+        others = Counter[str]()
+        for lang, tally in audit.steps["wanted"].items():
+            others[lang] = tally.rejected.get("language_not_wanted", [0])[0]
+        found = ", ".join(f"{lang} {n}" for lang, n in others.most_common(5) if n)
         n_read = sum(records[READ] for records in audit.records.values())
         raise UserError(
             f"{n_read} records in {', '.join(self.cfg.sources)}; documents for training + validation: "

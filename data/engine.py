@@ -81,7 +81,7 @@ def _do(step: Step, unit: str) -> None:
 def warm_up(cfg: TasksConfig) -> None:
     """Starts the process that workers are forked from; it imports what they need while this one goes on."""
     if cfg.runner is Runner.local and _n_workers(cfg) > 1:
-        forkserver.set_forkserver_preload([__name__, "data.pipeline", "awkward", "gigatoken", "pandas"])
+        forkserver.set_forkserver_preload([__name__, "data.pipeline", "awkward", "gigatoken"])
         forkserver.ensure_running()
 
 

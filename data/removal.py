@@ -84,7 +84,7 @@ def _complete(corpus_dir: Path) -> None:
 def _rows_of(path: Path, ids: list[str]) -> dict[int, str]:
     """Rows whose `id` is among these, with it."""
     known = pq.read_table(path, columns=["id"])["id"]
-    rows = np.flatnonzero(pc.is_in(known, pa.array(ids, pa.string())))
+    rows = np.flatnonzero(pc.is_in(known, pa.array(ids, known.type)))
     return dict(zip(rows.tolist(), known.take(rows).to_pylist(), strict=True))
 
 

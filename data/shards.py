@@ -67,7 +67,6 @@ class ShardWriter:
         self._write_rows(rows, lengths, self.n_tokens + last - lengths + 1)
         self.n_docs += len(lengths)
         self.n_tokens += len(tokens)
-        self.n_bytes += int(np.sum(rows["n_bytes"].to_numpy()))
 
     def close(self) -> None:
         """Completes the three files and gives them their names."""
@@ -87,11 +86,13 @@ class ShardWriter:
             os.replace(file.name, self.stem.with_name(self.stem.name + suffix))
 
     def _write_rows(self, rows: Any, lengths: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = rows.append_column("n_tokens", pa.array(lengths.astype(np.int32)))
-        rows = rows.append_column("offset", pa.array(offsets))
+        from data.columns import numbers, to_numpy
+
+        self.n_bytes += int(to_numpy(rows["n_bytes"]).sum())
+        rows = rows.append_column("n_tokens", numbers(lengths.astype(np.int32)))
+        rows = rows.append_column("offset", numbers(offsets))
         if self._sidecar is None:
             self._sidecar = pq.ParquetWriter(self._files[".docs.parquet"], rows.schema, compression="zstd")
         self._sidecar.write_table(rows)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from data.cleaning import SCHEMA
+from data.columns import numbers, to_numpy
 from data.dedup import write_columns
 from data.heldout import rank_of
 
@@ -108,9 +109,9 @@ class Store:
                 for _, group in of_file:
                     here = slice(sum(sizes[:group]), sum(sizes[: group + 1]))
                     rows = parquet.read_row_group(group, use_threads=False)
-                    rows = rows.append_column("n_alike", pa.array(n_alike[here]))
-                    stays = is_kept[here] & (rows["n_bytes"].to_numpy() > 0)  # one without text has been removed
-                    yield rows if stays.all() else rows.filter(pa.array(stays))
+                    rows = rows.append_column("n_alike", numbers(n_alike[here]))
+                    stays = is_kept[here] & (to_numpy(rows["n_bytes"]) > 0)  # one without text has been removed
+                    yield rows if stays.all() else rows.filter(numbers(stays))
 
     def texts(self, language: str, split: str, max_bytes: int) -> Iterator[str]:
         """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""

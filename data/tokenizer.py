@@ -146,7 +146,9 @@ class Encoder:
         import awkward  # type: ignore[import-untyped]
         import pyarrow as pa
 
-        column = pa.array(texts, pa.large_string()) if isinstance(texts, list) else texts.cast(pa.large_string())
+        from data.columns import strings
+
+        column = strings(texts) if isinstance(texts, list) else texts.cast(pa.large_string())
         rows = self._bulk.encode_batch(awkward.from_arrow(column), parallel=False).layout
         return rows.offsets.data, rows.content.data
 
