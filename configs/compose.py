@@ -42,19 +42,22 @@ def compose(overrides: list[str]) -> RunConfig:
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     for override in overrides:
         if "=" not in override:
             repair = f"experiment={override.lstrip('-')}, or name=…"
             raise UserError(override, "arguments have the form SETTING=VALUE", repair)
-    # Settings with free keys; Hydra would want a plus sign for each of them.
-    overrides = [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
+    # Hydra would want a plus sign for each of these, and add a whole one to what there is.
+    free = [o for o in overrides if o.startswith(FREE_KEYS)]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            composed = hydra_compose("run", overrides)
+            composed = hydra_compose("run", [o for o in overrides if o not in free])
+        for given in OverridesParser.create().parse_overrides(free):
+            OmegaConf.update(composed, given.key_or_group, given.value(), merge=False, force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, overrides) from None
     except YAMLError as error:
@@ -160,7 +163,7 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
     text, given = str(error).strip(), " ".join(overrides) or "the defaults"
     if "must specify 'experiment'" in text:
         return UserError(f"no experiment in: {given}", "a run is described by one", _one_of("experiment"))
-    if option := re.search(r"Could not find '([^/]+)/([^']+)'", text):
+    if option := re.search(r"Could not find '(.+)/([^/']+)'", text):
         group, name = option.groups()
         return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", _one_of(group))
     if option := re.search(r"Could not override '([^']+)'|Key '([^']+)' not in '([^']+)'", text):

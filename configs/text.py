@@ -44,6 +44,11 @@ class SourceConfig:
     hub_revision: str = ""
     """Commit of a hub dataset: required for a hub id, since a branch can change under a run."""
 
+    def __post_init__(self) -> None:
+        found = f"the source {self.path} with licence = {self.licence!r} and origin = {self.origin!r}"
+        repair = "licence: an SPDX identifier or LicenseRef-…; origin: a citation or an address"
+        require(bool(self.licence and self.origin), found, "text is told of with its licence and origin", repair)
+
 
 @dataclass
 class HoldoutConfig(Section, prefix="corpus.holdout"):

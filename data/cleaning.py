@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from configs.schema import RunConfig
-from configs.text import CorpusConfig, DedupConfig, OptOutConfig
+from configs.text import CorpusConfig, DedupConfig
 from data import language, privacy, quality, rights
 from data.audit import READ, Audit
 from data.columns import numbers, strings
@@ -56,9 +56,9 @@ Cleaning = tuple[str, Callable[[Document], str]]
 
 def cleaning(cfg: CorpusConfig) -> list[Cleaning]:
     """The steps that the config asks for, in their order; models are loaded here."""
-    clean = cfg.clean
+    clean, lists = cfg.clean, cfg.clean.opt_out
     steps: list[Cleaning | None] = [
-        ("opt_out", rights.opt_out(clean.opt_out)) if _has_lists(clean.opt_out) else None,
+        ("opt_out", rights.opt_out(lists)) if lists.domains or lists.ids or lists.robots else None,
         ("repair", quality.repair) if clean.repair_unicode else None,
         ("identify", language.identify(clean.identify)) if clean.identify.model else None,
         ("wanted", partial(_reason_not_wanted, wanted=set(cfg.languages))),
@@ -203,10 +203,6 @@ def _reason_not_wanted(document: Document, wanted: set[str]) -> str:
     if SPACE_MARK in document.text:  # sentencepiece writes a space so, and would give it back as one
         return "contains_u2581"
     return "" if not wanted or document.lang in wanted else "language_not_wanted"
-
-
-def _has_lists(cfg: OptOutConfig) -> bool:
-    return bool(cfg.domains or cfg.ids or cfg.robots)
 
 
 def _utf8(text: str) -> bytes:

@@ -93,6 +93,11 @@ class Documents:
         found: dict[str, Any] = json.loads((self.store.folder / COMPLETE).read_text(encoding="utf-8"))
         return found
 
+    def refuse_bad_share(self, audit: Audit) -> None:
+        """Raises `UserError` where more of a source is bad than the config allows."""
+        for source in self.cfg.sources:
+            audit.refuse_bad_share(source, self.cfg.max_bad_share)
+
     def _units(self) -> list[str]:
         return self.store.units
 
@@ -197,8 +202,7 @@ class Documents:
         parts = [self.store.work / "units" / unit / "audit.json" for unit in self.store.units]
         parts += [self.store.work / "dropped" / f"{lang}.json" for lang in self.store.languages()]
         audit = Audit.total([*parts, *([self.store.work / "questions.audit.json"] if self._against else [])])
-        for source in self.cfg.sources:
-            audit.refuse_bad_share(source, self.cfg.max_bad_share)
+        self.refuse_bad_share(audit)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
         told = {"documents": self.store.folder.name}
@@ -253,7 +257,7 @@ class Documents:
         cfg = copy.deepcopy(self.cfg)
         map_paths(cfg, lambda path: self._lists.get(path, path))
         corpus = dataclasses.asdict(cfg)
-        del corpus["shard_bytes"]
+        del corpus["shard_bytes"], corpus["max_bad_share"]  # neither decides about a document
         for name, source in corpus["sources"].items():
             if self.inputs[name]:  # what files hold counts, and their names, which ids may be made of; not their place
                 del source["path"]

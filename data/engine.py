@@ -22,8 +22,7 @@ from configs.errors import UserError
 from configs.text import TasksConfig
 from ledger.progress import Progress
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h of glibc."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 CHUNKS_A_WORKER = 100
 """Units differ in size: with many chunks of them for each worker, none waits long for the last."""
 

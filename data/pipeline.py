@@ -24,6 +24,7 @@ from configs.enums import Packing, Runner
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data import balance, tokenizer
+from data.audit import Audit
 from data.documents import Documents, finish_folder, key_of
 from data.engine import Step, run_here
 from data.fertility import report_table, tokenizer_report
@@ -60,6 +61,7 @@ def prepare(cfg: RunConfig) -> Path | None:
         print(_without_languages((corpus.folder / "tokenizer" / "report.txt").read_text(encoding="utf-8")), flush=True)
     corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
+        corpus.documents.refuse_bad_share(Audit.load(audit.with_suffix(".json")))  # the limit may be another by now
         print(f"what became of every document: {audit}", flush=True)
     print(f"corpus {corpus.folder}\n{language_table(Manifest.load(corpus.folder))}", flush=True)
     return corpus.folder

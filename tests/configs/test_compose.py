@@ -108,6 +108,11 @@ def test_names_of_languages_and_sources_need_no_plus_sign():
     weights = ["mixture.rule=weights", "mixture.weights={fi:0.6,sv:0.4}"]
     cfg = compose(["experiment=smoke", *weights, "mixture.sources.udhr=2", "mixture.max_epochs_of={udhr:3}"])
     assert cfg.mixture.weights == {"fi": 0.6, "sv": 0.4}
+    replaced = [*weights, "mixture.weights={de: 1}", "mixture.weights.fr=2"]
+    assert compose(["experiment=smoke", *replaced]).mixture.weights == {"de": 1, "fr": 2}, (
+        "a whole takes the whole's place"
+    )
+    assert compose(["experiment=smoke", "mixture.weights={de: 1}", "mixture.weights={}"]).mixture.weights == {}
     assert cfg.mixture.sources == {"udhr": 2} and cfg.mixture.max_epochs_of == {"udhr": 3}
 
 
