@@ -14,8 +14,7 @@ from loguru import logger
 from configs.errors import UserError
 from configs.text import MAX_TASKS, TasksConfig
 from data.engine import Step
-
-ROOT = Path(__file__).resolve().parents[1]
+from data.files import PACKAGE_ROOT
 
 logger.disable("datatrove")  # it would print a page a task; steps speak for themselves
 
@@ -41,6 +40,7 @@ def submit(steps: Iterable[Step], cfg: TasksConfig, logs: Path, name: str) -> st
     Where one fails, Slurm removes those behind it. Raises `UserError` where Slurm refuses one: those before it go on.
     """
     before: _Array | None = None
+    account = {"account": cfg.account} if cfg.account else {}
     for step in steps:
         array = _Array(
             [Share(step)],
@@ -53,15 +53,11 @@ def submit(steps: Iterable[Step], cfg: TasksConfig, logs: Path, name: str) -> st
             logging_dir=str(logs / step.name),
             skip_completed=False,  # by units, which do not depend on the number of tasks
             depends=before,
-            env_command=f"source {shlex.quote(str(ROOT / 'slurm/array.sh'))} {shlex.quote(sys.executable)}",
+            env_command=f"source {shlex.quote(str(PACKAGE_ROOT / 'slurm/array.sh'))} {shlex.quote(sys.executable)}",
             with_srun=False,
             max_array_size=MAX_TASKS,
             requeue_signals=None,  # its handler asks scontrol, which a container does not have
-            sbatch_args={
-                "open-mode": "append",
-                "kill-on-invalid-dep": "yes",
-                **({"account": cfg.account} if cfg.account else {}),
-            },
+            sbatch_args={"open-mode": "append", "kill-on-invalid-dep": "yes", **account},
         )
         try:
             array.run()

@@ -133,10 +133,6 @@ class Store:
             is_kept[self.rows(name, QUESTIONS)[0]] = False
         return is_kept
 
-    def n_kept(self, name: str) -> int:
-        """How many rows of a file stay."""
-        return int(self.is_kept(name, pq.read_metadata(self.root / name).num_rows).sum())
-
     def rows(self, name: str, kind: str) -> NDArray[np.int64]:
         """int64[2, n]: rows that stand beside a file under that suffix, and what is told of each; n may be 0."""
         path = (self.root / name).with_suffix(kind)
