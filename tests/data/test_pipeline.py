@@ -148,7 +148,6 @@ CHANGES: dict[str, Callable[[RunConfig], object]] = {
     "licence": lambda cfg: setattr(cfg.corpus.sources["small"], "licence", "CC-BY-4.0"),
     "share": lambda cfg: setattr(cfg.corpus.holdout, "share", 0.2),
     "languages": lambda cfg: setattr(cfg.corpus, "languages", ["de"]),
-    "bad_share": lambda cfg: setattr(cfg.corpus, "max_bad_share", 0.5),
     "cleaning": lambda cfg: setattr(cfg.corpus.clean, "repair_unicode", True),
     "copies": lambda cfg: setattr(cfg.corpus.dedup, "near", True),
     "vocabulary": lambda cfg: setattr(cfg.tokenizer, "path", ""),
@@ -160,7 +159,7 @@ OF_THE_SHARDS = {"vocabulary", "shards"}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_setting_of_the_corpus_is_part_of_its_key(make_config: Callable[..., RunConfig], change: str) -> None:
+def test_every_setting_that_decides_about_documents_is_part_of_the_key(make_config: Callable[..., RunConfig], change: str) -> None:
     cfg = make_config(documents(3))
     key, cleaned = corpus_key(cfg), documents_dir(cfg)
     CHANGES[change](cfg)
