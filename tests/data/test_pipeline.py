@@ -159,7 +159,9 @@ OF_THE_SHARDS = {"vocabulary", "shards"}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_setting_that_decides_about_documents_is_part_of_the_key(make_config: Callable[..., RunConfig], change: str) -> None:
+def test_every_setting_that_decides_about_documents_is_part_of_the_key(
+    make_config: Callable[..., RunConfig], change: str
+) -> None:
     cfg = make_config(documents(3))
     key, cleaned = corpus_key(cfg), documents_dir(cfg)
     CHANGES[change](cfg)
