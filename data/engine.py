@@ -43,6 +43,28 @@ class Step:
         return all(map(self.is_done, self.units()))
 
 
+class _Together:
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = {step.name: step for step in steps}
+
+    def units(self) -> list[str]:
+        return [f"{name} {unit}" for name, step in self._steps.items() for unit in step.units()]
+
+    def is_done(self, unit: str) -> bool:
+        name, _, unit = unit.partition(" ")
+        return self._steps[name].is_done(unit)
+
+    def run(self, unit: str) -> None:
+        name, _, unit = unit.partition(" ")
+        self._steps[name].run(unit)
+
+
+def together(*steps: Step) -> Step:
+    """Steps that do not wait for each other as one, with the name of the last; units of the first come first."""
+    both = _Together(steps)
+    return Step(steps[-1].name, both.units, both.is_done, both.run, all(step.has_one_unit for step in steps[1:]))
+
+
 def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
     """Does the steps, one after the other; returns when all units are done.
 

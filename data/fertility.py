@@ -54,7 +54,8 @@ def tokenizer_report(
     parallel, encoder = read_parallel(cfg.parity_text, languages), Encoder(folder)
     ids = {lang: encoder.encode(texts)[1] for lang, texts in parallel.items()}
     entries, reference = encoder.entries(), len(ids["en"]) if "en" in ids else np.mean([*map(len, ids.values())])
-    rows = {}
+    is_byte, rows = np.ones(encoder.vocab_size, bool), {}
+    is_byte[[*entries]] = False
     for lang, texts in parallel.items():
         n, words, n_bytes = len(ids[lang]), sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
         rows[lang] = {
@@ -64,7 +65,7 @@ def tokenizer_report(
             "parity": float(n / reference),
             "bytes_per_token": n_bytes / n,
             # Text gives entries and bytes, nothing else.
-            "byte_share": 1 - float(np.isin(ids[lang], [*entries]).mean()),
+            "byte_share": float(is_byte[ids[lang]].mean()),
         }
     users = np.bincount(np.concatenate([np.unique(used) for used in ids.values()]))
     offsets, reached = encoder.encode([*entries.values()])

@@ -26,7 +26,7 @@ from configs.schema import RunConfig
 from data import balance, tokenizer
 from data.audit import Audit
 from data.documents import Documents, finish_folder, key_of
-from data.engine import Step, run_here
+from data.engine import Step, run_here, together
 from data.fertility import report_table, tokenizer_report
 from data.files import sha256, write_whole
 from data.manifest import MANIFEST, TRAIN, VALID, Manifest, ShardEntry, TokenizerEntry
@@ -41,7 +41,7 @@ VERIFIED_ONE_IN = 1000
 """Ids are compared with those of sentencepiece for the first document of each batch, and one in so many."""
 ENCODED_BYTES = 32_000_000
 """Text that is encoded at once: gigatoken remembers words within a call, at about 15 bytes for each of the text."""
-PLAN, REPORT = "plan.json", "report"
+PLAN, REPORT = "plan.json", "report.txt"
 
 
 def prepare(cfg: RunConfig) -> Path | None:
@@ -58,7 +58,7 @@ def prepare(cfg: RunConfig) -> Path | None:
                 run_here(corpus.steps(), cfg.tasks)
         if not corpus.is_complete:
             return None
-        print(_without_languages((corpus.folder / "tokenizer" / "report.txt").read_text(encoding="utf-8")), flush=True)
+        print(_without_languages((corpus.folder / "tokenizer" / REPORT).read_text(encoding="utf-8")), flush=True)
     corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
         corpus.documents.refuse_bad_share(Audit.load(audit.with_suffix(".json")))  # the limit may be another by now
@@ -126,22 +126,24 @@ class Corpus:
 
     def steps(self) -> list[Step]:
         """What makes it from the sources, in order."""
-        words = Step("words", self._languages, self._is_counted, self._count)
+        documents = [] if self.documents.is_complete else self.documents.steps()
+        report = Step("report", self._whole, self._is_reported, self._report, has_one_unit=True)
         shards = [
-            *([] if self._tokenizer.path else [words]),
-            Step("tokenizer", self._whole, self._is_planned, self._train, has_one_unit=True),
-            Step("shards", self._shards_and_report, self._is_written, self._write),
+            Step("words", self._languages, self._is_counted, self._count),
+            Step("tokenizer", self._whole, self._is_planned, self._train_and_plan, has_one_unit=True),
+            together(report, Step("shards", self._stems, self._is_written, self._write)),
             Step("manifest", self._whole, self._is_whole, self._finish, has_one_unit=True),
         ]
+        if self._is_whole():
+            shards = []
+        elif self._tokenizer.path:
+            export = Step("export", self._whole, self._is_exported, self._export, has_one_unit=True)
+            documents, shards = [together(export, *documents[:1]), *documents[1:]], shards[1:]
         packing = [
             Step("packing", self._training_stems, self._is_stem_packed, self._pack),
             Step("packed", self._whole, self._is_packed, self._record_packing, has_one_unit=True),
         ]
-        return [
-            *([] if self.documents.is_complete else self.documents.steps()),
-            *([] if self._is_whole() else shards),
-            *([] if self._is_packed() else packing),
-        ]
+        return [*documents, *shards, *([] if self._is_packed() else packing)]
 
     def clear_leftovers(self) -> None:
         """Removes what a slower process has begun anew beside folders that are complete."""
@@ -184,55 +186,58 @@ class Corpus:
     def _is_planned(self, _: str = "all") -> bool:
         return (self._work / PLAN).exists()
 
-    def _train(self, _: str) -> None:
-        """Exports or trains the tokenizer, and decides which documents make which shard."""
+    def _is_exported(self, _: str) -> bool:
+        return (self._work / "tokenizer" / tokenizer.FAST_CONFIG).exists()
+
+    def _export(self, _: str) -> None:
+        """Takes the tokenizer that is given, in the forms that are used."""
+        self._export_model(tokenizer.read_model(self._tokenizer.path))
+
+    def _export_model(self, model: bytes) -> None:
+        tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
+
+    def _train_and_plan(self, _: str) -> None:
+        """Trains the tokenizer, where none is given, and decides which documents make which shard."""
         weights: dict[str, float] = {}
-        if self._tokenizer.path:
-            model = tokenizer.read_model(self._tokenizer.path)
-        else:
+        if not self._tokenizer.path:
             languages = self._languages()
             words = {lang: Counter(json.loads(self._words(lang).read_text(encoding="utf-8"))) for lang in languages}
             print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
             model, weights = balance.train(words, self._tokenizer)
-        tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
+            self._export_model(model)
         plan = {"weights": weights, "shards": self.documents.store.plan(self._shard_bytes)}
         write_whole(self._work / PLAN, json.dumps(plan, indent=1))
 
     def _plan(self) -> Any:
         return json.loads((self._work / PLAN).read_text(encoding="utf-8"))
 
-    def _report(self) -> None:
+    def _is_reported(self, _: str) -> bool:
+        return (self._work / "tokenizer" / REPORT).exists()
+
+    def _report(self, _: str) -> None:
         """Measures the tokenizer, where its text to measure on has the languages of this corpus."""
         folder = self._work / "tokenizer"
         trained_on = [known for hashes in self.documents.inputs.values() for known in hashes.values()]
         try:
             report = tokenizer_report(folder, self._tokenizer, self._languages(), trained_on)
         except UserError as error:
-            write_whole(folder / "report.txt", f"tokenizer: not measured: {error.found}\n")
+            write_whole(folder / REPORT, f"tokenizer: not measured: {error.found}\n")
             return
         report |= {"weights": self._plan()["weights"]}
         write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_whole(folder / "report.txt", report_table(report) + "\n")
-
-    def _shards_and_report(self) -> list[str]:
-        shards = self._plan()["shards"]
-        return [REPORT, *sorted(shards, key=lambda stem: (-len(shards[stem]), stem))]  # the longest first
+        write_whole(folder / REPORT, report_table(report) + "\n")
 
     def _stems(self) -> list[str]:
-        return sorted(self._plan()["shards"])
+        shards = self._plan()["shards"]
+        return sorted(shards, key=lambda stem: (-len(shards[stem]), stem))  # the longest first
 
     def _is_written(self, stem: str) -> bool:
-        folder, name = ("tokenizer", "report.txt") if stem == REPORT else ("entries", f"{stem}.json")
-        return (self._work / folder / name).exists()
+        return self._entry_path(stem).exists()
 
-    def _write(self, unit: str) -> None:
-        """One shard, or the report."""
-        if unit == REPORT:
-            self._report()
-        else:
-            self._write_shard(unit)
+    def _entry_path(self, stem: str) -> Path:
+        return self._work / "entries" / f"{stem}.json"
 
-    def _write_shard(self, stem: str) -> None:
+    def _write(self, stem: str) -> None:
         """One shard, and its entry of the manifest when the files are whole."""
         encoder = _encoder(self._work / "tokenizer")
         (self._work / "shards").mkdir(exist_ok=True)
@@ -247,7 +252,7 @@ class Corpus:
             writer.add(rows.drop_columns(["text"]), offsets[1:], ids)
         writer.close()
         entry = self._entry(stem, writer, sorted(licences))
-        write_whole(self._work / "entries" / f"{stem}.json", json.dumps(dataclasses.asdict(entry)))
+        write_whole(self._entry_path(stem), json.dumps(dataclasses.asdict(entry)))
 
     def _entry(self, stem: str, writer: ShardWriter, licences: list[str]) -> ShardEntry:
         lang, source, split, _ = stem.rsplit(".", 3)
@@ -259,7 +264,7 @@ class Corpus:
         return (self.folder / MANIFEST).exists()
 
     def _finish(self, _: str) -> None:
-        entries = [json.loads((self._work / "entries" / f"{stem}.json").read_text()) for stem in self._stems()]
+        entries = [json.loads(self._entry_path(stem).read_text()) for stem in sorted(self._stems())]
         documents = self.documents.facts()
         manifest = Manifest(
             shards=[ShardEntry(**entry) for entry in entries],

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from configs.errors import UserError
 from configs.text import TokenizerConfig
-from data.files import readable
+from data.files import readable, write_whole
 from data.sources import SPACE_MARK
 
 MODEL, FAST, FAST_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -114,7 +115,7 @@ def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> No
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL).write_bytes(model)
     fast.save(str(folder / FAST))
-    (folder / FAST_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / FAST_CONFIG, json.dumps(config, indent=2) + "\n")  # the last: it says that all is there
 
 
 def read_model(path: str) -> bytes:
@@ -127,15 +128,19 @@ class Encoder:
     """Text to ids at scale, on one core: the processes that use one each share out the cores."""
 
     def __init__(self, folder: Path) -> None:
-        import gigatoken
-
-        # Not by path: one that is not there would be asked of a hub.
-        self._bulk = gigatoken.Tokenizer.from_json(read_model(str(folder / FAST)))
+        self._folder = folder
         self._pieces = SentencePieceProcessor(model_proto=read_model(str(folder / MODEL)))
         self.vocab_size: int = len(self._pieces)
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.pad_id: int = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos_id
+
+    @cached_property
+    def _bulk(self) -> Any:
+        import gigatoken
+
+        # Not by path: one that is not there would be asked of a hub.
+        return gigatoken.Tokenizer.from_json(read_model(str(self._folder / FAST)))
 
     def encode(self, texts: Any) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """(offsets, ids) of n texts, without `<s>` and `</s>`: text i is `ids[offsets[i] : offsets[i + 1]]`.
@@ -159,7 +164,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """Text of ids; `decode(ids of x) == x` for every x without U+2581."""
-        return self._bulk.decode(ids).decode()
+        return str(self._bulk.decode(ids), "utf-8")
 
     def verify(self, texts: Sequence[str], ids: Sequence[NDArray[Any]]) -> None:
         """Raises `ValueError` unless sentencepiece gives each text the same ids and they decode to the same text."""
@@ -189,10 +194,9 @@ def _vocabulary_error(error: RuntimeError, cfg: TokenizerConfig) -> UserError:
 
 def _entries(pieces: SentencePieceProcessor) -> tuple[list[str], list[str]]:
     """Special tokens, which sentencepiece numbers before the bytes, and learned pieces, which come after them."""
-    has_role = [pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i) for i in range(len(pieces))]
-    ids, first_byte = [i for i, found in enumerate(has_role) if not found], pieces.piece_to_id("<0x00>")
-    declared, learned = [i for i in ids if i < first_byte], [i for i in ids if i >= first_byte]
-    return pieces.id_to_piece(declared), pieces.id_to_piece(learned)
+    first_byte = pieces.piece_to_id("<0x00>")
+    declared = [i for i in range(first_byte) if not (pieces.is_control(i) or pieces.is_unknown(i))]
+    return pieces.id_to_piece(declared), pieces.id_to_piece([*range(first_byte + 256, len(pieces))])
 
 
 def _require_lossless_bpe(pieces: SentencePieceProcessor, declared: list[str], learned: list[str]) -> None:

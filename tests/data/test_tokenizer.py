@@ -326,5 +326,5 @@ def test_the_raw_file_is_safe_too(folder: Path, encoder: Encoder) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
         Encoder(tmp_path)
