@@ -21,19 +21,20 @@ from yaml import YAMLError
 from configs.checks import check
 from configs.enums import SourceFormat
 from configs.errors import UserError
-from configs.rules import setting_names
+from configs.rules import groups, setting_names
 from configs.schema import RunConfig
 from configs.text import map_paths
 
-GROUPS = Path(__file__).parent
-"""Folder of the YAML groups."""
-
+SCHEMA = "configs/schema.py or configs/text.py"
+"""Where the settings stand."""
 FREE_KEYS = ("mixture.weights", "mixture.sources", "mixture.max_epochs_of")
 """Settings whose keys are names of languages or sources."""
 FREE_SECTIONS = ("train.", "tasks.", "mixture.", "engine.", "faults.", "suite.", "release.", "log.", "cluster.")
 """Sections that may change under the name of a run that has begun, …"""
 FIXED = ("train.tokens_per_step", "train.seq_len", "mixture.packing")
 """… but for what decides which samples stand at a position, and make a step."""
+NOTHING: tuple[Any, ...] = (None, "", [])
+"""A list of sections that is empty has a name of its own, one that is not has those of its sections."""
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -106,8 +107,8 @@ def config_hash(cfg: object) -> str:
 def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, by dotted name, each with its old and new value."""
     before, after = _flat(old), _flat(new)
-    keys = sorted(before.keys() | after.keys())
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+    pairs = {k: (before.get(k), after.get(k)) for k in sorted(before.keys() | after.keys())}
+    return {k: (was, now) for k, (was, now) in pairs.items() if was != now and not (was in NOTHING and now in NOTHING)}
 
 
 def is_free_to_change(key: str) -> bool:
@@ -168,18 +169,18 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", _one_of(group))
     if option := re.search(r"Could not override '([^']+)'|Key '([^']+)' not in '([^']+)'", text):
         name, section = option[1] or option[2], option[3]
-        rule = "every setting is a field of configs/schema.py"
+        rule = f"every setting is a field in {SCHEMA}"
         if section:
-            rule = f"{section} in configs/schema.py has no such field"
+            rule = f"{section} in {SCHEMA} has no such field"
         close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
-        repair = f"did you mean {' or '.join(close)}?" if close else "the settings stand in configs/schema.py"
+        repair = f"did you mean {' or '.join(close)}?" if close else f"the settings stand in {SCHEMA}"
         return UserError(f"unknown setting {name!r} in: {given}", rule, repair)
     first, *rest = [line.strip() for line in str(root).strip().splitlines()] or [type(error).__name__]
     where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
-    return UserError(f"{where}: {first}", "the value must fit its field in configs/schema.py", "correct the value")
+    return UserError(f"{where}: {first}", f"the value must fit its field in {SCHEMA}", "correct the value")
 
 
 def _one_of(group: str) -> str:
-    if names := sorted(path.stem for path in (GROUPS / group).glob("*.yaml")):
-        return f"{group}= one of {', '.join(names)}"
-    return f"the groups are {', '.join(sorted({path.parent.name for path in GROUPS.glob('*/*.yaml')}))}"
+    if files := groups().get(group):
+        return f"{group}= one of {', '.join(path.stem for path in files)}"
+    return f"the groups are {', '.join(groups())}"

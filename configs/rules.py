@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
 from configs.errors import UserError
+
+GROUPS = Path(__file__).parent
+"""Folder of the groups of values in YAML."""
 
 
 class Rule(NamedTuple):
@@ -56,3 +60,11 @@ def setting_names(section: type, prefix: str = "") -> list[str]:
         nested = setting.type if isinstance(setting.type, type) and is_dataclass(setting.type) else None
         names += setting_names(nested, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
     return names
+
+
+def groups() -> dict[str, list[Path]]:
+    """Files of each group of values, by name; a group may stand in another, as corpus/clean."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(GROUPS.glob("*/**/*.yaml")):
+        found.setdefault(str(path.parent.relative_to(GROUPS)), []).append(path)
+    return found

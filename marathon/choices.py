@@ -4,17 +4,15 @@ A key press waits for the answer: Hydra stays out, and the schema is read only w
 """
 
 import os
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from configs.errors import UserError
-from configs.rules import setting_names
+from configs.rules import groups, setting_names
 
 HERE = Path(__file__).resolve().parent
-GROUPS = HERE.parent / "configs"
 
 
 def sections() -> dict[str, dict[str, dict[str, Any]]]:
@@ -36,10 +34,10 @@ def help_text(command: str = "") -> str:
 
 def list_choices() -> str:
     """Every group with a line for each of its files: name and first comment."""
-    lines, groups = [], _groups()
-    for group in sorted(groups, key=lambda group: (group != "experiment", group)):
+    lines = []
+    for group, files in sorted(groups().items(), key=lambda item: (item[0] != "experiment", item[0])):
         lines.append(group)
-        for path in groups[group]:
+        for path in files:
             comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
             told = next((line.removeprefix("#").strip() for line in comments if "@package" not in line), "")
             lines.append(f"  {path.stem:<14} {told}")
@@ -83,16 +81,10 @@ def _runs() -> Path:
     return Path(os.environ.get("MARATHON_SCRATCH", "scratch")) / "runs"
 
 
-def _groups() -> dict[str, list[Path]]:
-    """Files of each group."""
-    files = sorted(GROUPS.glob("*/*.yaml"))
-    return {group: list(paths) for group, paths in groupby(files, key=lambda path: path.parent.name)}
-
-
 def _settings_like(begun: str) -> list[str]:
-    groups, (group, equals, _) = _groups(), begun.partition("=")
-    if equals and group in groups:
-        return [f"{group}={path.stem}" for path in groups[group]]
+    files, (group, equals, _) = groups(), begun.partition("=")
+    if equals and group in files:
+        return [f"{group}={path.stem}" for path in files[group]]
     from configs.schema import RunConfig
 
-    return [f"{name}=" for name in (*groups, *setting_names(RunConfig))]
+    return [f"{name}=" for name in (*files, *setting_names(RunConfig))]

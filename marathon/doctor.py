@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as torch_dist
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from configs.compose import run_dir
 from configs.enums import Device
@@ -31,14 +30,9 @@ from data.manifest import verify
 from data.pipeline import corpus_dir
 from ledger.host import version
 from train.retention import checkpoint_bytes, checkpoints_on_disk
+from train.versions import is_within, known_bad
 
 DISTRIBUTION = "marathon-llm"
-KNOWN_BAD = (
-    (">=0.18.6,<0.19.0", "", "ZeRO-1 in bf16 drops most of the last micro-batch from the gradient"),
-    ("<0.18.9", ">=2.10", "this torch with ZeRO-3 gives NaN from a race"),
-    ("<0.19.5", "", "scaled gradients and misplaced checkpoints were mended up to 0.19.5"),
-)
-"""Ranges of deepspeed and torch that train wrongly without a word, from DeepSpeed's own history of changes."""
 CCD_OF_GCD = (6, 7, 2, 3, 0, 1, 4, 5)
 """Nodes with four MI250X and a 64-core EPYC 7A53: which group of 8 cores is nearest to each of the 8 GCDs; core 0
 of each group belongs to the system (LUMI user guide, "Distribution and binding")."""
@@ -90,7 +84,7 @@ def check_versions() -> Outcome:
         return warned("Marathon is not installed, its ranges are not known", "pip install --no-deps -e .")
     stated = [f"python{metadata.metadata(DISTRIBUTION)['Requires-Python']}", *(metadata.requires(DISTRIBUTION) or [])]
     needed = [r for r in map(Requirement, stated) if r.marker is None or r.marker.evaluate()]
-    wrong = [r for r in needed if not _within(version(r.name), str(r.specifier))]
+    wrong = [r for r in needed if not is_within(version(r.name), str(r.specifier))]
     if wrong:
         found = ", ".join(f"{r.name} {version(r.name) or 'not installed'} (needs {r.specifier})" for r in wrong)
         return failed(found, f"install {', '.join(f'{r.name}{r.specifier}' for r in wrong)}")
@@ -101,9 +95,8 @@ def check_known_bad() -> Outcome:
     """Pairs of deepspeed and torch that are known to train wrongly."""
     deepspeed, torch_version = version("deepspeed"), version("torch")
     found = f"deepspeed {deepspeed or 'not installed'} with torch {torch_version or 'not installed'}"
-    for deepspeed_range, torch_range, harm in KNOWN_BAD:
-        if _within(deepspeed, deepspeed_range) and _within(torch_version, torch_range):
-            return failed(f"{found}: {harm}", "pip install 'deepspeed>=0.19.5'")
+    if harm := known_bad(deepspeed, torch_version):
+        return failed(f"{found}: {harm}", "pip install 'deepspeed>=0.19.5'")
     return passed(f"{found}: none known")
 
 
@@ -309,11 +302,6 @@ def _in_job() -> bool:
 def _is_task_of_one_device(cfg: RunConfig) -> bool:
     """Whether srun started this process as one of as many as there are devices."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0")) >= cfg.cluster.world_size
-
-
-def _within(version: str | None, range_: str) -> bool:
-    # Clusters' builds carry names such as 2.10.0a0+git: they count as the release that they lead to.
-    return version is not None and SpecifierSet(range_).contains(version, prereleases=True)
 
 
 def _existing(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 from configs.errors import UserError
 from data.manifest import MANIFEST, Manifest, marks
 from data.manifest import verify_files as verify_corpus
+from ledger.pages import render
 from ledger.progress import Progress
 from ledger.record import Ledger
 from marathon.choices import run_folder
@@ -79,11 +80,12 @@ def move(given: str, to: str) -> None:
         pack, arrived = _look_over_there(target, run, pack, desk)
         sent = _send(source, target, run, pack, arrived)
         _hand_over(source, target, run, pack, desk)
-    print(
-        f"moved {name}, {Path(pack.checkpoint).name}, to {target}: {len(pack.files)} files, "
-        f"{pack.n_bytes(sent) / 1e6:,.1f} MB of {pack.n_bytes(pack.files) / 1e6:,.1f} MB sent, the others were "
-        f"there\nto go on there, in a checkout of Marathon:\n{_next_line(target, history, name)}"
-    )
+    known = [record["arguments"] for record in history if "arguments" in record] or [["experiment=…", f"name={name}"]]
+    # The cluster there is another.
+    kept = shlex.join(argument for argument in known[-1] if not argument.startswith(("cluster=", "cluster.")))
+    megabytes = [f"{pack.n_bytes(names) / 1e6:,.1f}" for names in (sent, pack.files)]
+    told = {"name": name, "target": target, "pack": pack, "megabytes": megabytes, "arguments": kept}
+    print(render(Path(__file__).with_name("move.txt.j2"), **told, quote=shlex.quote).rstrip())
 
 
 def _find_run(given: str) -> tuple[Place, str]:
@@ -101,19 +103,6 @@ def _find_run(given: str) -> tuple[Place, str]:
             "marathon move RUN --to FOLDER_OR_URL",
         )
     return place, name
-
-
-def _next_line(target: Place, history: list[Record], name: str) -> str:
-    """What to type at the other place; the cluster there is another."""
-    if not target.renames:
-        return f'  marathon move {shlex.quote(str(target))} --to "${{MARATHON_SCRATCH:-scratch}}"'
-    known = [record["arguments"] for record in history if "arguments" in record]
-    given = known[-1] if known else ["experiment=…", f"name={name}"]
-    kept = [argument for argument in given if not argument.startswith(("cluster=", "cluster."))]
-    return (
-        f"  export MARATHON_SCRATCH={shlex.quote(target.root)}\n  marathon run {shlex.join(kept)}\n"
-        "with Slurm, slurm/CLUSTER.sh stands in place of `marathon run`, and says how to submit"
-    )
 
 
 def _read_ledger(place: Place, run: str, desk: Path) -> list[Record]:

@@ -103,6 +103,8 @@ class RunFiles:
         self.ledger = list(Ledger(run_dir).read())
         # What the last freezing, change and start of training found, the later before the earlier.
         self.settled = self.last("frozen") | self.last("changed") | self.last("train_start")
+        audit = f"../../corpora/{self.last('corpus').get('documents_folder')}/audit.html"
+        self.audit = audit if (run_dir / audit).is_file() else ""
         self.checkpoints = list({record["name"]: record for record in self.events("checkpoint")}.values())
         self.planned: dict[str, Record] = {row["language"]: row for row in self.last("mixture").get("rows", [])}
         configured = self.config.corpus.languages if self.config else []

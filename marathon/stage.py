@@ -122,82 +122,59 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first:
             print(f"{stage}: {commands()[stage]['line']}", flush=True)
             note_start(stage, run_dir)
-        status = RUN_STAGE[stage](cfg, run_dir)
-        if is_first and status == 0:
-            mark_done(stage, inputs, run_dir, OUTPUTS[stage](cfg, run_dir))
+        outputs = run_stage(stage, cfg, run_dir)
+        if is_first and outputs is not None:
+            mark_done(stage, inputs, run_dir, outputs)
         if is_first:
             _write_report(run_dir)
-        return status
-    except (UserError, OSError) as error:
-        mistake = error if isinstance(error, UserError) else _disk_trouble(error, run_dir)
-        # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
-        told = f"error in {stage}: {mistake}" if is_first else f"[rank {_rank()}] {mistake.found}"
-        print(told, file=sys.stderr, flush=True)
-        return EXIT_MISTAKE
+        return EXIT_UNFINISHED if outputs is None else 0
+    except UserError as error:
+        mistake = error
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        mistake = UserError(
+            f"{error.filename or run_dir}: {error.strerror}",
+            f"a run writes under {run_dir}; what it has saved is whole",
+            DISK_TROUBLE[error.errno] + ", then start the same line again",
+        )
+    # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
+    told = f"error in {stage}: {mistake}" if is_first else f"[rank {_rank()}] {mistake.found}"
+    print(told, file=sys.stderr, flush=True)
+    return EXIT_MISTAKE
 
 
-def _disk_trouble(error: OSError, run_dir: Path) -> UserError:
-    """What a person can mend; any other failure is raised again."""
-    if error.errno not in DISK_TROUBLE:
-        raise error
-    return UserError(
-        f"{error.filename or run_dir}: {error.strerror}",
-        f"a run writes under {run_dir}; what it has saved is whole",
-        DISK_TROUBLE[error.errno] + ", then start the same line again",
-    )
+def run_stage(stage: str, cfg: RunConfig, run_dir: Path) -> list[Path] | None:
+    """Works as one rank; returns what has to be there for the stage to count as done, or None where it is to go on."""
+    if stage == "data":
+        from data.engine import warm_up
 
+        warm_up(cfg.tasks)
+        from data.manifest import MANIFEST, Manifest
+        from data.pipeline import prepare
 
-def run_data(cfg: RunConfig, run_dir: Path) -> int:
-    """Prepares the corpus and tells the ledger what it holds."""
-    from data.engine import warm_up
-
-    warm_up(cfg.tasks)
-    from data.manifest import Manifest
-    from data.pipeline import prepare
-
-    corpus_dir = prepare(cfg)
-    if corpus_dir is None:
-        return EXIT_UNFINISHED
-    Ledger(run_dir).append("corpus", path=str(corpus_dir), **Manifest.load(corpus_dir).facts())
-    return 0
-
-
-def run_train(cfg: RunConfig, run_dir: Path) -> int:
-    """Trains as one rank."""
-    _tell_rank(run_dir)
-    from train.run import run
-
-    return run(cfg, run_dir, prepared_corpus(run_dir)["path"])
-
-
-def run_eval(cfg: RunConfig, run_dir: Path) -> int:
-    """Evaluates every checkpoint as one rank."""
-    from data.heldout import ValidDocuments
-    from eval.run import evaluate
-
+        if (corpus_dir := prepare(cfg)) is None:
+            return None
+        Ledger(run_dir).append("corpus", path=str(corpus_dir), **Manifest.load(corpus_dir).facts())
+        return [corpus_dir / MANIFEST]
     corpus = prepared_corpus(run_dir)
-    documents, tokenizer_dir = ValidDocuments(corpus["path"]).read_all(), corpus["path"] / "tokenizer"
-    evaluate(cfg, run_dir, documents=documents, tokenizer_dir=tokenizer_dir, corpus_hash=corpus["corpus_hash"])
-    return 0
+    if stage == "train":
+        _tell_rank(run_dir)
+        from train.run import run
 
+        status = run(cfg, run_dir, corpus["path"])
+        return None if status else [run_dir / CHECKPOINTS / f"step-{cfg.train.steps:09d}" / "manifest.json"]
+    if stage == "eval":
+        from data.heldout import ValidDocuments
+        from eval.run import evaluate
 
-def run_release(cfg: RunConfig, run_dir: Path) -> int:
-    """Exports and verifies the last checkpoint."""
+        documents, tokenizer_dir = ValidDocuments(corpus["path"]).read_all(), corpus["path"] / "tokenizer"
+        evaluate(cfg, run_dir, documents=documents, tokenizer_dir=tokenizer_dir, corpus_hash=corpus["corpus_hash"])
+        return sorted((run_dir / "eval").glob("step-*.json"))
     from release.run import release
 
-    release(cfg, run_dir, prepared_corpus(run_dir)["path"])
-    return 0
-
-
-RUN_STAGE = {"data": run_data, "train": run_train, "eval": run_eval, "release": run_release}
-
-OUTPUTS = {
-    "data": lambda cfg, run_dir: [prepared_corpus(run_dir)["path"] / "manifest.json"],
-    "train": lambda cfg, run_dir: [run_dir / CHECKPOINTS / f"step-{cfg.train.steps:09d}" / "manifest.json"],
-    "eval": lambda cfg, run_dir: sorted((run_dir / "eval").glob("step-*.json")),
-    "release": lambda cfg, run_dir: [run_dir / "release" / "verified.json"],
-}
-"""What has to be there for a stage to count as done."""
+    release(cfg, run_dir, corpus["path"])
+    return [run_dir / "release" / "verified.json"]
 
 
 def _rank() -> int:

@@ -17,7 +17,6 @@ from contextlib import redirect_stdout
 from typing import Any, NamedTuple, cast
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from configs.enums import Precision
@@ -27,6 +26,7 @@ from model.decoder import IGNORED, Decoder, next_token_labels, summed_cross_entr
 from model.weights import MASTER, FragmentReader
 from train.dist import Rank
 from train.schedule import step_shape
+from train.versions import known_bad
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -233,17 +233,7 @@ def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
 
 def refuse_known_bad(deepspeed: str, pytorch: str, cfg: EngineConfig) -> None:
     """Raises `UserError` for versions that compute something else than they should with these settings."""
-    version, stage = Version(deepspeed), cfg.zero_stage
-    if Version("0.18.6") <= version < Version("0.19.0") and stage == 1 and cfg.precision is Precision.bf16:
-        rule = "DeepSpeed 0.18.6 to 0.18.10 lose most of the last micro batch with ZeRO-1 in bf16 (pull request 7985)"
-    elif version < Version("0.18.9") and stage == 3 and Version(pytorch) >= Version("2.10"):
-        rule = "DeepSpeed before 0.18.9 races with torch 2.10 and later in ZeRO-3 (pull request 7898)"
-    elif version < Version("0.19.5"):
-        rule = "Marathon is tested with DeepSpeed 0.19.5 and later, and uses parts of it that older versions lack"
-    else:
-        return
-    raise UserError(
-        f"DeepSpeed {deepspeed} with torch {pytorch}, ZeRO-{stage} in {cfg.precision.value}",
-        rule,
-        "a container or environment with DeepSpeed 0.19.5 or later: slurm/build_env.sh",
-    )
+    layout = f"ZeRO-{cfg.zero_stage} in {cfg.precision.value}"
+    if harm := known_bad(deepspeed, pytorch, layout):
+        repair = "a container or environment with DeepSpeed 0.19.5 or later: slurm/build_env.sh"
+        raise UserError(f"DeepSpeed {deepspeed} with torch {pytorch}, {layout}", harm, repair)

@@ -23,6 +23,7 @@ def test_every_command_is_told_of_and_can_be_completed():
         (["train", "exp"], "experiment="),
         (["train", "experiment=sm"], "experiment=smoke"),
         (["train", "cluster=l"], "cluster=lumi"),
+        (["train", "corpus/clean=w"], "corpus/clean=web"),
         (["train", "model.n_kv"], "model.n_kv_head="),
         (["train", "corpus.holdout.s"], "corpus.holdout.share="),
     ],
@@ -87,6 +88,7 @@ def test_an_unknown_shell_is_refused():
 
 def test_every_file_of_every_group_is_listed_with_its_line():
     listed = list_choices()
-    for path in (Path(__file__).resolve().parents[2] / "configs").glob("*/*.yaml"):
+    for path in (Path(__file__).resolve().parents[2] / "configs").glob("*/**/*.yaml"):
         line = next(line for line in listed.splitlines() if line.split() and line.split()[0] == path.stem)
         assert len(line.split()) > 3
+    assert "\ncorpus/clean\n  none " in listed

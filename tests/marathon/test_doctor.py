@@ -106,7 +106,7 @@ def test_a_clusters_own_build_is_within_range(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize(
     ("deepspeed", "torch_version", "harm"),
     [
-        ("0.18.7", "2.9.0", "micro-batch"),
+        ("0.18.7", "2.9.0", "micro batch"),
         ("0.18.5", "2.10.1+rocm7.0", "NaN"),
         ("0.19.4", "2.13.0", "mended up to"),
         ("0.19.5", "2.13.0", ""),

@@ -142,7 +142,7 @@ def read_page(run_dir: Path) -> Page:
     page = Page(html)
     for drawing in drawings(html):
         ET.fromstring(drawing)
-    assert all(a.startswith(("#", "data:")) for a in page.addresses), page.addresses
+    assert all(a.startswith(("#", "data:", "../../corpora/")) for a in page.addresses), page.addresses
     assert not re.search(r"https?:|url\(|@import", html) and "<script" not in html
     assert "default-src 'none'" in html
     assert not re.search(r'="[^"]*\b(nan|inf)\b', html), "a drawing holds a number that is none"
@@ -207,6 +207,28 @@ def test_missing_files_are_gaps(tmp_path: Path) -> None:
         "ledger.jsonl is missing", "neither a planned mixture", "config.yaml", "training has not started",
     ):  # fmt: skip
         assert re.search(f"GAP: [^<]*{reason}", text), reason
+
+
+def test_after_the_text_alone_the_page_shows_what_was_made_of_it(tmp_path: Path) -> None:
+    counts = {"documents": 700, "tokens": 5000, "bytes": 15000}
+    step = {"came": [720, 16000], "left": [711, 15500], "changed": 4, "rejected": {"too_short": [9, 500]}}
+    corpus = {"event": "corpus", "time": 1.0, "documents_folder": "documents-k", **counts, "held_out_documents": 11}
+    corpus |= {"licences": ["CC0-1.0"], "removed_documents": 0, "steps": {"quality": step}}
+    corpus |= {"sources": {"udhr": counts}, "languages": {"mt": counts}}
+    run_dir = write_run(tmp_path / "runs" / "small", ledger=[{"event": "frozen", "time": 0.0, "config_hash": "c0ffee"}, corpus])
+    freeze(compose(["experiment=smoke"]), run_dir / "config.yaml")
+    assert "GAP: no audit" in read_page(run_dir).text
+    (tmp_path / "corpora" / "documents-k").mkdir(parents=True)
+    (tmp_path / "corpora" / "documents-k" / "audit.html").touch()
+    page = read_page(run_dir)
+    assert "../../corpora/documents-k/audit.html" in page.addresses
+    for fact in (
+        "text prepared, training has not started", "700 documents, 5,000 tokens, 1 language", "Maltese", "udhr",
+        "CC0-1.0", "quality 720 711 98.8 % 15,500 4 too_short 9", "Documents held out 11",
+    ):  # fmt: skip
+        assert fact in page.text, fact
+    told = page.text.partition("Software and machine")[0]
+    assert told.count("GAP") == told.count("GAP: training has not started") == 1, "one is enough"
 
 
 def test_no_folder_is_the_users_to_mend(tmp_path: Path) -> None:

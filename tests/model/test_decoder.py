@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from configs.compose import GROUPS, compose
+from configs.compose import compose
+from configs.rules import GROUPS
 from model.decoder import (
     IGNORED,
     Decoder,
