@@ -54,13 +54,9 @@ def run(stages: Sequence[str], overrides: list[str]) -> int:
         if status := launch(stage, cfg, run_dir):
             return status
     if stages == STAGES:
-        print(
-            f"\nlook at\n"
-            f"  {run_dir / 'report.html'}   the run on one page\n"
-            f"  {run_dir / 'release'}   the model, ready for transformers\n"
-            f"  {run_dir / 'eval'}   what every checkpoint knows\n"
-            f"  {run_dir / 'ledger.jsonl'}   what was done, line by line"
-        )
+        from ledger.pages import render
+
+        print(render(choices.HERE / "run.txt.j2", run_dir=run_dir).rstrip())
     return 0
 
 

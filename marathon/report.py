@@ -7,10 +7,9 @@ What it says stands in report.html.j2, which calls this file for what has to be 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from babel import Locale
@@ -39,8 +38,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """A range of values, ends included, and the round numbers to be written along it."""
 
     low: float
@@ -56,8 +54,7 @@ class Axis:
         return round((self.high - value) / (self.high - self.low) * height_px, 1)
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What curves are drawn into: two axes, and a height in pixels."""
 
     x: Axis

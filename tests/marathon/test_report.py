@@ -215,7 +215,9 @@ def test_after_the_text_alone_the_page_shows_what_was_made_of_it(tmp_path: Path)
     corpus = {"event": "corpus", "time": 1.0, "documents_folder": "documents-k", **counts, "held_out_documents": 11}
     corpus |= {"licences": ["CC0-1.0"], "removed_documents": 0, "steps": {"quality": step}}
     corpus |= {"sources": {"udhr": counts}, "languages": {"mt": counts}}
-    run_dir = write_run(tmp_path / "runs" / "small", ledger=[{"event": "frozen", "time": 0.0, "config_hash": "c0ffee"}, corpus])
+    run_dir = write_run(
+        tmp_path / "runs" / "small", ledger=[{"event": "frozen", "time": 0.0, "config_hash": "c0ffee"}, corpus]
+    )
     freeze(compose(["experiment=smoke"]), run_dir / "config.yaml")
     assert "GAP: no audit" in read_page(run_dir).text
     (tmp_path / "corpora" / "documents-k").mkdir(parents=True)
