@@ -1,4 +1,4 @@
-"""What a setting has to keep by itself, named with its type and said in the same words for all."""
+"""What a setting has to keep by itself, said in the same words for all; and the names of settings and their groups."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass

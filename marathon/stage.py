@@ -156,7 +156,7 @@ def run_stage(stage: str, cfg: RunConfig, run_dir: Path) -> list[Path] | None:
         if (corpus_dir := prepare(cfg)) is None:
             return None
         Ledger(run_dir).append("corpus", path=str(corpus_dir), **Manifest.load(corpus_dir).facts())
-        return [corpus_dir / MANIFEST]
+        return [prepared_corpus(run_dir)["path"] / MANIFEST]
     corpus = prepared_corpus(run_dir)
     if stage == "train":
         _tell_rank(run_dir)
