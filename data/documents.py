@@ -208,9 +208,8 @@ class Documents:
         if wanted and not lacking:
             return
         counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
-        others = Counter[str]()
-        for lang, tally in audit.steps["wanted"].items():
-            others[lang] = tally.rejected.get("language_not_wanted", [0])[0]
+        tallies = audit.steps["wanted"].items()
+        others = Counter({lang: tally.rejected.get("language_not_wanted", [0])[0] for lang, tally in tallies})
         found = ", ".join(f"{lang} {n}" for lang, n in others.most_common(5) if n)
         n_read = sum(records[READ] for records in audit.records.values())
         raise UserError(

@@ -41,7 +41,7 @@ class Step:
     is_done: Callable[[str], bool]
     run: Callable[[str], None]
     beside: "Step | None" = None
-    """A step that does not wait for this one: its units are done with those of this one, and come first."""
+    """A step done at the same time: neither waits for the other, and its units come first."""
 
     def tasks(self) -> list[tuple["Step", str]]:
         """Its units, done or not, each with its step; asked when the steps before are complete."""

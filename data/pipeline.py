@@ -127,7 +127,7 @@ class Corpus:
         documents = [] if self.documents.store.is_complete else self.documents.steps()
         report = Step("report", whole, partial(self._has, f"tokenizer/{REPORT}"), self._report)
         shards = [
-            Step("words", self.documents.store.languages, self._is_counted, self._count),
+            Step("words", self.documents.store.languages, partial(self._has, "words/{}.json"), self._count),
             Step("tokenizer", whole, partial(self._has, PLAN), self._train_and_plan),
             Step("shards", self._stems, partial(self._has, "entries/{}.json"), self._write, beside=report),
             Step("manifest", whole, self._is_whole, self._finish),
@@ -164,11 +164,8 @@ class Corpus:
             names = ", ".join(step.name for step in steps)
             print(f"submitted arrays {name}-*: {names}; the last is job {last}; {then}", flush=True)
 
-    def _has(self, name: str, unit: str = "") -> bool:
+    def _has(self, name: str, unit: str) -> bool:
         return (self._work / name.replace("{}", unit)).exists()
-
-    def _is_counted(self, language: str) -> bool:
-        return self._words(language).exists() or self._has(PLAN)
 
     def _words(self, language: str) -> Path:
         return self._work / "words" / f"{language}.json"

@@ -143,9 +143,8 @@ class Store:
             found = np.load(path, allow_pickle=False) if path.exists() else np.zeros((2, 0))
             return np.asarray(found, np.int64).reshape(2, -1)
         except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} is no array of rows", str(error), f"delete {self.root}; it is made again"
-            ) from error
+            repair = f"delete {self.root}; it is made again"
+            raise UserError(f"{path} is no array of rows", str(error), repair) from error
 
     def save_rows(self, name: str, kind: str, rows: NDArray[Any], told: NDArray[Any] | None = None) -> None:
         """Puts rows beside a file, if there are any, with what is told of each."""
