@@ -13,7 +13,7 @@ from loguru import logger
 
 from configs.errors import UserError
 from configs.text import MAX_TASKS, TasksConfig
-from data.engine import Step
+from data.engine import Step, do, whole
 from data.files import PACKAGE_ROOT
 
 logger.disable("datatrove")  # it would print a page a task; steps speak for themselves
@@ -28,9 +28,8 @@ class Share(PipelineStep):  # type: ignore[misc]
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Does the task; the arguments are what datatrove gives."""
-        for unit in self.step.units()[rank::world_size]:
-            if not self.step.is_done(unit):
-                self.step.run(unit)
+        for task in self.step.tasks()[rank::world_size]:
+            do(task)
         return iter(())
 
 
@@ -44,7 +43,7 @@ def submit(steps: Iterable[Step], cfg: TasksConfig, logs: Path, name: str) -> st
     for step in steps:
         array = _Array(
             [Share(step)],
-            tasks=1 if step.has_one_unit else cfg.tasks,
+            tasks=1 if step.units is whole else cfg.tasks,
             time=cfg.time,
             partition=cfg.partition,
             mem_per_cpu_gb=cfg.gib,

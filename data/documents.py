@@ -4,14 +4,13 @@ Every input file is a unit: its documents stand, by language and split, in parqu
 for when all units are there, and named, not removed: the files stay what they are. So nothing depends on how many
 worked at it, and what is complete is not done twice.
 
-Layout: `units/SOURCE/00000/` as `data/cleaning.py` leaves it; beside its files the rows that go (data/store.py);
-`audit.json` and `audit.html` tell of the whole, `documents.json` what it was made from.
+Layout: units, and beside their files the rows that go, as data/store.py tells; `audit.json` and `audit.html` of the
+whole; `documents.json`, what it was made from.
 """
 
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +20,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from data.cleaning import MATCHES, Cleaning, UnitWriter, clean_unit, cleaning
 from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
 from data.dedup import Copies, count_rows, find_copies, find_repeated_ids
-from data.engine import Step
+from data.engine import Step, whole
 from data.files import find_files, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
 from data.sources import read_file, source_files, units
@@ -48,7 +48,6 @@ FORMAT = 2
 """Part of the name: raise it when the same text would give other documents."""
 _CLEANING: dict[str, list[Cleaning]] = {}
 """By key: units of one process share steps, which hold models and lists."""
-NO_COPIES = Copies(*[np.zeros(0, np.int64)] * 4)
 
 
 class Documents:
@@ -73,54 +72,33 @@ class Documents:
         folder, work = corpora / f"documents-{self.key}", corpora / f".documents-{self.key}"
         self.store = Store(folder, work, numbered, self.cfg.decontaminate.remove)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of them are there."""
-        return self.store.is_complete
-
     def steps(self) -> list[Step]:
         """What makes the documents, in order."""
+        has = self.store.has
         return [
-            Step("clean", self._units, self._is_clean, self._clean),
-            Step("ids", self._sources, self._are_ids_compared, self._compare_ids),
-            Step("dedup", self.store.languages, self._is_deduplicated, self._deduplicate),
-            *([Step("questions", self._whole, self._is_searched, self._search, True)] if self._against else []),
-            Step("documents", self._whole, self._is_whole, self._finish, has_one_unit=True),
+            Step("clean", partial(list, self.store.units), partial(has, "units/{}"), self._clean),
+            Step("ids", partial(list, self._files), partial(has, "repeated/{}.json"), self._compare_ids),
+            Step("dedup", self.store.languages, partial(has, "dropped/{}.json"), self._deduplicate),
+            *(
+                [Step("questions", whole, partial(has, SEARCHED), self._search)]
+                if self.cfg.decontaminate.against
+                else []
+            ),
+            Step("documents", whole, self._is_whole, self._finish),
         ]
-
-    def facts(self) -> dict[str, Any]:
-        """What `documents.json` says."""
-        found: dict[str, Any] = json.loads((self.store.folder / COMPLETE).read_text(encoding="utf-8"))
-        return found
 
     def refuse_bad_share(self, audit: Audit) -> None:
         """Raises `UserError` where more of a source is bad than the config allows."""
         for source in self.cfg.sources:
             audit.refuse_bad_share(source, self.cfg.max_bad_share)
 
-    def _units(self) -> list[str]:
-        return self.store.units
-
-    def _sources(self) -> list[str]:
-        return list(self._files)
-
-    def _whole(self) -> list[str]:
-        return ["all"]
-
-    def _is_clean(self, unit: str) -> bool:
-        return (self.store.root / "units" / unit).exists()
-
     def _clean(self, unit: str) -> None:
         name, number = unit.split("/")
         with _beside(self.store.work / "units" / unit) as folder:
             writer = UnitWriter(folder, self.cfg, self._questions())
             documents = read_file(name, self.cfg.sources[name], self._files[name][int(number)], self._online)
-            if self.key not in _CLEANING:
-                _CLEANING[self.key] = cleaning(self.cfg)
-            clean_unit(documents, _CLEANING[self.key], writer, self.cfg.max_bad_share)
-
-    def _are_ids_compared(self, source: str) -> bool:
-        return (self.store.root / "repeated" / f"{source}.json").exists()
+            steps = _CLEANING.get(self.key) or _CLEANING.setdefault(self.key, cleaning(self.cfg))
+            clean_unit(documents, steps, writer, self.cfg.max_bad_share)
 
     def _compare_ids(self, source: str) -> None:
         files = self._hash_files(source=source)
@@ -130,15 +108,13 @@ class Documents:
             n_repeated += len(rows)
         write_whole(self.store.work / "repeated" / f"{source}.json", f"{n_repeated}\n")
 
-    def _is_deduplicated(self, language: str) -> bool:
-        return (self.store.root / "dropped" / f"{language}.json").exists()
-
     def _deduplicate(self, language: str) -> None:
         """Names the rows of a language that are left out, and counts them."""
         files, audit = self._hash_files(language=language), Audit(["dedup"])
         gone = {path: self.store.rows(file.name, REPEATED)[0] for path, file in files.items()}
         is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
-        for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(NO_COPIES)):
+        none = Copies(*[np.zeros(0, np.int64)] * 4)
+        for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(none)):
             name, repeated = files[path].name, gone[path]
             self.store.save_rows(name, DROPPED, np.sort(np.concatenate([repeated, copies.exact, copies.near])))
             self.store.save_rows(name, ALIKE, copies.kept, copies.n_alike)
@@ -160,15 +136,8 @@ class Documents:
             if len(which):
                 tally.reject(reason, len(which), int(sizes[which].sum()), examples)
 
-    @property
-    def _against(self) -> list[str]:
-        return self.cfg.decontaminate.against
-
     def _questions(self) -> Ngrams | None:
-        return _ngrams(tuple(self._against), self.cfg.decontaminate.ngram) if self._against else None
-
-    def _is_searched(self, _: str) -> bool:
-        return (self.store.root / SEARCHED).exists()
+        return _ngrams(tuple(self.cfg.decontaminate.against), self.cfg.decontaminate.ngram)
 
     def _search(self, _: str) -> None:
         """Names the rows that hold what evaluations ask, and counts them; they are left out if the config says so."""
@@ -201,15 +170,22 @@ class Documents:
         """Counts the whole, refuses what may not be, and gives the folder its name."""
         parts = [self.store.work / "units" / unit / "audit.json" for unit in self.store.units]
         parts += [self.store.work / "dropped" / f"{lang}.json" for lang in self.store.languages()]
-        audit = Audit.total([*parts, *([self.store.work / "questions.audit.json"] if self._against else [])])
+        parts += [self.store.work / "questions.audit.json"] if self.cfg.decontaminate.against else []
+        audit = Audit.total(parts)
         self.refuse_bad_share(audit)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
-        told = {"documents": self.store.folder.name}
-        write_page(audit, "What became of every document", told, self.store.work / "audit.html")
+        title, told = "What became of every document", {"documents": self.store.folder.name}
+        write_page(audit, title, told, self.store.work / "audit.html")
         facts = {
             "sources": {
-                name: {"origin": source.origin, "records": audit.records.get(name, {}), "files": self.inputs[name]}
+                name: {
+                    "origin": source.origin,
+                    "licence": source.licence,
+                    **({"licence_field": source.licence_field} if source.licence_field else {}),
+                    "records": audit.records.get(name, {}),
+                    "files": self.inputs[name],
+                }
                 for name, source in self.cfg.sources.items()
             },
             "steps": audit.sums(),
@@ -232,9 +208,8 @@ class Documents:
         if wanted and not lacking:
             return
         counts = ", ".join(f"{lang} {n_docs[lang, TRAIN]} + {n_docs[lang, VALID]}" for lang in (lacking or wanted)[:5])
-        others = Counter[str]()
-        for lang, tally in audit.steps["wanted"].items():
-            others[lang] = tally.rejected.get("language_not_wanted", [0])[0]
+        tallies = audit.steps["wanted"].items()
+        others = Counter({lang: tally.rejected.get("language_not_wanted", [0])[0] for lang, tally in tallies})
         found = ", ".join(f"{lang} {n}" for lang, n in others.most_common(5) if n)
         n_read = sum(records[READ] for records in audit.records.values())
         raise UserError(
@@ -270,9 +245,9 @@ def key_of(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=lambda v: v.name, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@functools.cache  # units of one process search for the same
-def _ngrams(paths: tuple[str, ...], n: int) -> Ngrams:
-    return Ngrams(read_items(paths), n)
+@cache  # units of one process search for the same
+def _ngrams(paths: tuple[str, ...], n: int) -> Ngrams | None:
+    return Ngrams(read_items(paths), n) if paths else None
 
 
 def finish_folder(work: Path, folder: Path) -> None:

@@ -9,12 +9,11 @@ import gc
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import forkserver
 
 from configs.enums import Runner
@@ -27,6 +26,11 @@ CHUNKS_A_WORKER = 100
 """Units differ in size: with many chunks of them for each worker, none waits long for the last."""
 
 
+def whole() -> list[str]:
+    """The one unit of a step that is not divided."""
+    return ["all"]
+
+
 @dataclass(frozen=True)
 class Step:
     """One step. All that is in it has to be picklable: methods of an object, not closures."""
@@ -36,33 +40,16 @@ class Step:
     """Names of the units; asked when the steps before are complete."""
     is_done: Callable[[str], bool]
     run: Callable[[str], None]
-    has_one_unit: bool = False
+    beside: "Step | None" = None
+    """A step done at the same time: neither waits for the other, and its units come first."""
+
+    def tasks(self) -> list[tuple["Step", str]]:
+        """Its units, done or not, each with its step; asked when the steps before are complete."""
+        return [*(self.beside.tasks() if self.beside else []), *((self, unit) for unit in self.units())]
 
     def is_complete(self) -> bool:
         """Whether all units are done; asked when the steps before are complete."""
-        return all(map(self.is_done, self.units()))
-
-
-class _Together:
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps = {step.name: step for step in steps}
-
-    def units(self) -> list[str]:
-        return [f"{name} {unit}" for name, step in self._steps.items() for unit in step.units()]
-
-    def is_done(self, unit: str) -> bool:
-        name, _, unit = unit.partition(" ")
-        return self._steps[name].is_done(unit)
-
-    def run(self, unit: str) -> None:
-        name, _, unit = unit.partition(" ")
-        self._steps[name].run(unit)
-
-
-def together(*steps: Step) -> Step:
-    """Steps that do not wait for each other as one, with the name of the last; units of the first come first."""
-    both = _Together(steps)
-    return Step(steps[-1].name, both.units, both.is_done, both.run, all(step.has_one_unit for step in steps[1:]))
+        return all(step.is_done(unit) for step, unit in self.tasks())
 
 
 def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
@@ -75,16 +62,18 @@ def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
     with ExitStack() as stack:
         workers: ProcessPoolExecutor | None = None
         for step in steps:
-            units = [unit for unit in step.units() if not step.is_done(unit)]
-            if min(n_workers, len(units)) <= 1:
-                for unit in units:
-                    step.run(unit)
+            tasks = [(of, unit) for of, unit in step.tasks() if not of.is_done(unit)]
+            if min(n_workers, len(tasks)) <= 1:
+                for task in tasks:
+                    do(task)
                 continue
-            workers = workers or stack.enter_context(_workers(n_workers))
-            chunk = -(-len(units) // (n_workers * CHUNKS_A_WORKER))
+            if workers is None:
+                workers = ProcessPoolExecutor(n_workers, multiprocessing.get_context("forkserver"), _begin)
+                stack.callback(workers.shutdown, cancel_futures=True)
+            chunk = -(-len(tasks) // (n_workers * CHUNKS_A_WORKER))
             try:
-                with Progress(step.name, "units", len(units)) as progress:
-                    for _ in workers.map(partial(_do, step), units, chunksize=chunk):
+                with Progress(step.name, "units", len(tasks)) as progress:
+                    for _ in workers.map(do, tasks, chunksize=chunk):
                         progress.advance()
             except BrokenProcessPool:
                 raise UserError(
@@ -94,8 +83,10 @@ def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
                 ) from None
 
 
-def _do(step: Step, unit: str) -> None:
-    if not step.is_done(unit):  # by another machine, meanwhile
+def do(task: tuple[Step, str]) -> None:
+    """Does a unit of a step, unless another machine has done it meanwhile."""
+    step, unit = task
+    if not step.is_done(unit):
         step.run(unit)
 
 
@@ -108,15 +99,6 @@ def warm_up(cfg: TasksConfig) -> None:
 
 def _n_workers(cfg: TasksConfig) -> int:
     return cfg.workers or len(os.sched_getaffinity(0))
-
-
-@contextmanager
-def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
-    workers = ProcessPoolExecutor(n, multiprocessing.get_context("forkserver"), _begin)
-    try:
-        yield workers
-    finally:
-        workers.shutdown(cancel_futures=True)
 
 
 def _begin() -> None:

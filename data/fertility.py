@@ -90,28 +90,30 @@ def tokenizer_report(
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The report as text; beside each language fertility (parity) of published tokenizers."""
-    others = report["published"]
-    lines = [f"{'':<10}{'bytes/token':>11}{'as bytes':>9}" + "".join(f"{name:>13}" for name in ("this", *others))]
+    """The report as text: a row for each language, and a column for each published tokenizer beside this one."""
+    measured = {"this tokenizer": report, **report["published"]}
+    rows = [("language", "bytes/token", "byte tokens", *measured)]
     for lang, row in report["languages"].items():
-        figures = [row, *(other["languages"].get(lang) for other in others.values())]
-        cells = [f"{found['fertility']:.2f} ({found['parity']:.2f})" if found else "" for found in figures]
-        own = f"{row['bytes_per_token']:>11.2f}{row['byte_share']:>9.2%}"
-        lines.append(f"{lang:<10}{own}" + "".join(f"{cell:>13}" for cell in cells))
-    together = [report["together"], *(other["together"] for other in others.values())]
-    for name, cells in {
-        "mean": [f"{found['fertility']:.2f} ({found['parity']:.2f})" for found in together],
-        "worst": [f"{found['worst']} ({found['worst_parity']:.2f})" for found in together],
-        "Gini": [f"{found['gini']:.3f}" for found in together],
-    }.items():
-        lines.append(f"{name:<30}" + "".join(f"{cell:>13}" for cell in cells))
+        own = f"{row['bytes_per_token']:.2f}", f"{row['byte_share']:.2%}"
+        rows.append((lang, *own, *(_cell(found["languages"].get(lang)) for found in measured.values())))
+    together = [found["together"] for found in measured.values()]
+    rows += [
+        ("mean", "", "", *map(_cell, together)),
+        ("worst", "", "", *(f"{found['worst']} ({found['worst_parity']:.2f})" for found in together)),
+        ("Gini", "", "", *(f"{found['gini']:.3f}" for found in together)),
+    ]
+    lines = [f"{name:<10}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in rows]
     n_used, share = report["entries_in_use"], report["single_language_share"]
     lines += [
-        f"tokens per whitespace word (relative to {report['reference']} for the same content) on {report['text']}",
+        f"tokens per word, and in brackets relative to {report['reference']} for the same content, on {report['text']}",
         f"{n_used:,} of {report['vocab_size']:,} entries in use, {share:.0%} of these by one language alone; "
         f"{report['dead']:,} that their own text does not lead to",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report["warnings"])])
+
+
+def _cell(found: Mapping[str, float] | None) -> str:
+    return f"{found['fertility']:.2f} ({found['parity']:.2f})" if found else ""
 
 
 def _together(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

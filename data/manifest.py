@@ -65,7 +65,8 @@ class Manifest:
     documents: str
     """Name of the folder of cleaned documents that the shards were made from."""
     sources: dict[str, dict[str, Any]]
-    """By source: `origin`, `records` read and rejected by reason, and the hashes of its `files` by name."""
+    """By source: `origin`, `licence`, `licence_field` where documents name theirs, `records` read and rejected by
+    reason, and the hashes of its `files` by name."""
     steps: dict[str, Any]
     """By step of cleaning: documents and bytes that came, were left, and were rejected by reason."""
     lists: list[dict[str, Any]]

@@ -79,7 +79,8 @@ def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
         yield texts[first:end]
 
 
-def _mix(x: Hashes) -> Hashes:
+def mix(x: Hashes) -> Hashes:
+    """A bijection of 64 bits in which every input bit moves every output bit (the finaliser of SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -89,11 +90,11 @@ def _chain(parts: Iterable[Hashes]) -> Hashes:
     total: Any = np.uint64(0)
     for part in parts:
         total = total * _M + part
-    return _mix(total)
+    return mix(total)
 
 
 _N = N_BANDS * N_ROWS
-_CONSTANTS = _mix(np.arange(1, 3 + 2 * _N, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+_CONSTANTS = mix(np.arange(1, 3 + 2 * _N, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 """The first outputs of SplitMix64 with seed 0: M, B, A_0 … A_111, and those made odd; B_0 … B_111."""
 _CONSTANTS[: 2 + _N] |= np.uint64(1)
 _M, _B, _FACTORS, _SUMMANDS = _CONSTANTS[0], _CONSTANTS[1], _CONSTANTS[2 : 2 + _N], _CONSTANTS[2 + _N :]
@@ -133,7 +134,7 @@ def _words(codes: Codes, starts: Places) -> tuple[Hashes, Places]:
         return np.zeros(0, np.uint64), np.zeros_like(starts)
     place = np.arange(begins[0], len(codes)) - np.repeat(begins, np.diff(begins, append=len(codes)))
     terms = codes[begins[0] :] * _POWERS[place & 4095]
-    return _mix(np.add.reduceat(terms, begins - begins[0])), np.searchsorted(begins, starts)
+    return mix(np.add.reduceat(terms, begins - begins[0])), np.searchsorted(begins, starts)
 
 
 def _bands(words: Hashes, starts: Places) -> Hashes:

@@ -7,7 +7,7 @@ included, unless the config says so in words.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -114,23 +114,32 @@ def table(mixtures: Sequence[Mixture]) -> str:
     return render(Path(__file__).with_name("mixture.txt.j2"), mixtures=mixtures, width=width).rstrip()
 
 
-@dataclass(frozen=True)
 class _Stock:
-    """The text that a phase finds: arrays over `parts`."""
+    """The text that a phase finds: arrays over `parts`. Raises `UserError` where `cfg` names what is not there."""
 
-    parts: list[str]
-    tokens: Array
-    weight: Array
-    """For the share within the language."""
-    max_epochs: Array
-    seen: Array
-    """Tokens shown before."""
-
-    @property
-    def room(self) -> Array:
+    def __init__(self, cfg: PhaseConfig, name: str, available: Mapping[str, int], seen: Mapping[str, float]) -> None:
+        languages, sources = zip(*(part.split("/") for part in available), strict=True)
+        factors = [cfg.sources.get(source, 1.0) for source in sources]
+        if not any(factors):
+            found, repair = f"{name}.sources = {cfg.sources}", "give a source a factor above 0"
+            raise UserError(found, "some text has to be drawn", repair)
+        drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
+        for setting, known in {"weights": drawn, "sources": sources, "max_epochs_of": sources}.items():
+            if unknown := sorted(getattr(cfg, setting).keys() - set(known)):
+                raise UserError(
+                    f"{name}.{setting} names {', '.join(unknown)}",
+                    f"the corpus has training text in {', '.join(sorted(set(known)))}",
+                    f"take them out of {name}.{setting}, or add a source",
+                )
+        self.parts = list(available)
+        self.tokens: Array = np.array(list(available.values()), np.float64)
+        self.weight = self.tokens * factors
+        """For the share within the language."""
+        self.max_epochs: Array = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
+        self.seen: Array = np.array([seen.get(part, 0.0) for part in available])
+        """Tokens shown before."""
+        self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
         """Tokens that may yet be shown."""
-        room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
-        return room
 
     def epochs(self, tokens: Array) -> Array:
         """How often each part has been shown after so many tokens more."""
@@ -144,17 +153,18 @@ def _plan(
     begins = [0, *(-(-phase.from_tokens // seq_len) for phase in cfg.phases), max(end, start + 1)]
     names = ["mixture", *(f"mixture.phases.{k}" for k in range(len(cfg.phases)))]
     end_names = [*(f"{name}.from_tokens" for name in names[1:]), "train.tokens"]
-    phases, mixtures, refusals = list(before), [], []
+    phases, mixtures = list(before), list[Mixture]()
+    refusals: list[UserError] = []
     for rule, name, end_name, (begin, stop) in zip([cfg, *cfg.phases], names, end_names, pairwise(begins), strict=True):
         begin, stop = max(begin, start), min(stop, begins[-1])
         if begin >= stop:
             continue
-        stock, n_tokens = _stock(rule, name, available, _seen(phases, begin, seq_len)), (stop - begin) * seq_len
+        stock, n_tokens = _Stock(rule, name, available, _seen(phases, begin, seq_len)), (stop - begin) * seq_len
         wanted, unspent = _wanted(rule, stock, n_tokens)
         rows = _rows(rule, stock, wanted, n_tokens / CYCLE)
         mixtures.append(Mixture(begin, begin * seq_len, rule.rule.value, rows, unspent))
         phases.append(mixtures[-1].phase)
-        refusals += _refusals(rule, name, end_name, stock, wanted, begin * seq_len)
+        refusals += _refusals(rule, name, end_name, stock, wanted, begin, seq_len)
     return mixtures, refusals
 
 
@@ -164,26 +174,6 @@ def _seen(phases: Sequence[Phase], end: int, seq_len: int) -> dict[str, float]:
     for phase, (begin, stop) in zip(phases, pairwise([*(p.from_position for p in phases), end]), strict=True):
         slots.update({part: n * (stop - begin) for part, n in phase.slots.items()})
     return {part: n * seq_len / CYCLE for part, n in slots.items()}
-
-
-def _stock(cfg: PhaseConfig, name: str, available: Mapping[str, int], seen: Mapping[str, float]) -> _Stock:
-    languages, sources = zip(*(part.split("/") for part in available), strict=True)
-    factors = [cfg.sources.get(source, 1.0) for source in sources]
-    if not any(factors):
-        found, repair = f"{name}.sources = {cfg.sources}", "give a source a factor above 0"
-        raise UserError(found, "some text has to be drawn", repair)
-    drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
-    for setting, known in {"weights": drawn, "sources": sources, "max_epochs_of": sources}.items():
-        if unknown := sorted(getattr(cfg, setting).keys() - set(known)):
-            raise UserError(
-                f"{name}.{setting} names {', '.join(unknown)}",
-                f"the corpus has training text in {', '.join(sorted(set(known)))}",
-                f"take them out of {name}.{setting}, or add a source",
-            )
-    tokens = np.array(list(available.values()), np.float64)
-    caps = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
-    shown = np.array([seen.get(part, 0.0) for part in available])
-    return _Stock(list(available), tokens, tokens * factors, caps, shown)
 
 
 def _wanted(cfg: PhaseConfig, stock: _Stock, n_tokens: int) -> tuple[Array, int]:
@@ -244,25 +234,24 @@ def _slots(wanted: Array, room: Array) -> Array:
 
 
 def _refusals(
-    cfg: PhaseConfig, name: str, end_name: str, stock: _Stock, wanted: Array, tokens_before: int
-) -> list[UserError]:
+    cfg: PhaseConfig, name: str, end_name: str, stock: _Stock, wanted: Array, begin: int, seq_len: int
+) -> Iterator[UserError]:
     # What was seen too often before and is not planned any more cannot be mended.
     times, n_tokens = stock.epochs(wanted), round(wanted.sum())
     over = np.flatnonzero((wanted > 0) & (times > stock.max_epochs * (1 + _EXACT)))
     if cfg.allow_more_epochs or not len(over):
-        return []
-    # The product of a quotient may fall short of a whole number by a rounding error.
-    fitting = tokens_before + math.floor((stock.room[over] / wanted[over]).min() * n_tokens * (1 + _EXACT))
+        return
+    # In whole sequences, with which another phase begins; the product of a quotient may fall short by a rounding error.
+    fitting = math.floor((stock.room[over] / wanted[over]).min() * n_tokens * (1 + _EXACT) / seq_len)
+    shorter = f"{end_name}={(begin + fitting) * seq_len} or less, " if fitting else ""
     worst = over[np.argmax(times[over])]
     source = stock.parts[worst].split("/")[1]
     setting = f"{name}.max_epochs_of.{source}" if source in cfg.max_epochs_of else f"{name}.max_epochs"
     shown = ", ".join(f"{stock.parts[i]} {times[i]:.2f} times" for i in over)
     other = "" if cfg.rule is MixtureRule.unimax else f"{name}.rule=unimax, "
-    return [
-        UserError(
-            f"{end_name} = {tokens_before + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}",
-            f"{setting} = {stock.max_epochs[worst]:g}",
-            f"{other}{end_name}={fitting} or less, more text, {setting}={math.ceil(times[worst] * (1 - _EXACT))}, "
-            f"or {name}.allow_more_epochs=true",
-        )
-    ]
+    yield UserError(
+        f"{end_name} = {begin * seq_len + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}",
+        f"{setting} = {stock.max_epochs[worst]:g}",
+        f"{other}{shorter}more text, {setting}={math.ceil(times[worst] * (1 - _EXACT))}, "
+        f"or {name}.allow_more_epochs=true",
+    )

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data.minhash import mix
+
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
@@ -96,8 +98,8 @@ class Order:
         n = self._n[part]
         ordinal = self._visits[phase, part] + cycle * self._slots[phase, part] + self._rank[phase, r]
         epoch = ordinal // n
-        sequence = permute(ordinal % n, n, _mix(self._keys[part] + epoch * np.uint64(_GOLDEN)))
-        sample_id = _mix(_mix(self._identities[part] + sequence) + epoch * np.uint64(_GOLDEN))
+        sequence = permute(ordinal % n, n, mix(self._keys[part] + epoch * np.uint64(_GOLDEN)))
+        sample_id = mix(mix(self._identities[part] + sequence) + epoch * np.uint64(_GOLDEN))
         return Located(part, sequence.view(np.int64), epoch.view(np.int64), sample_id.view(np.int64))
 
     def visits(self, position: int) -> dict[str, int]:
@@ -123,9 +125,9 @@ class OrderHash:
         """Counts samples in: arrays of int64 alike in shape, or tensors on the CPU."""
         place, sample = (np.asarray(x, np.int64).ravel().view(np.uint64) for x in (positions, sample_ids))
         for lane in range(2):
-            mixed = _mix(_mix(place + np.uint64(_GOLDEN * (lane + 1) % 2**64)) ^ sample)
+            mixed = mix(mix(place + np.uint64(_GOLDEN * (lane + 1) % 2**64)) ^ sample)
             # A slice, since numpy warns of the overflow of a scalar; the sum is meant to wrap.
-            self.state[lane : lane + 1] += _mix(mixed).sum(dtype=np.uint64, keepdims=True).view(np.int64)
+            self.state[lane : lane + 1] += mix(mixed).sum(dtype=np.uint64, keepdims=True).view(np.int64)
         counts = np.bincount(np.asarray(parts, np.int64).ravel(), minlength=len(self.state) - 2)
         self.state[2:] += counts * tokens_per_sample
 
@@ -177,17 +179,10 @@ def _sums(of_parts: Mapping[str, int], side: int) -> dict[str, int]:
 
 def _feistel(index: U64, side: U64, key: U64) -> U64:
     left, right = index // side, index % side
-    for key_of_round in _mix(np.add.outer(np.arange(ROUNDS, dtype=np.uint64), key)):
-        turn = _mix(right ^ key_of_round) % side
+    for key_of_round in mix(np.add.outer(np.arange(ROUNDS, dtype=np.uint64), key)):
+        turn = mix(right ^ key_of_round) % side
         left, right = right, (left + turn) % side
     return left * side + right
-
-
-def _mix(x: U64) -> U64:
-    """A bijection of 64 bits in which every input bit moves every output bit (the finaliser of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _hash64(text: str) -> int:
@@ -196,7 +191,7 @@ def _hash64(text: str) -> int:
 
 def _interleave(slots: U64, keys: U64) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Part of each position of a cycle, and how many of its slots came before."""
-    shifts = (_mix(keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    shifts = (mix(keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     # Slot j of q stands at (j + shift) / q: evenly spread, and parts of equal share are not in lockstep.
     times = np.concatenate([(np.arange(q) + shift) / q for q, shift in zip(slots, shifts, strict=True)])
     part = np.repeat(np.arange(len(slots), dtype=np.uint16), slots.astype(np.int64))

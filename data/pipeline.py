@@ -7,16 +7,16 @@ and what a killed process has finished stays done.
 
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from configs.schema import RunConfig
 from data import balance, tokenizer
 from data.audit import Audit
 from data.documents import Documents, finish_folder, key_of
-from data.engine import Step, run_here, together
+from data.engine import Step, run_here, whole
 from data.fertility import report_table, tokenizer_report
 from data.files import sha256, write_whole
 from data.manifest import MANIFEST, TRAIN, VALID, Manifest, ShardEntry, TokenizerEntry
 from data.packing import build_packing, packing_path, packing_record, record_packing
 from data.privacy import TOKENS, replace_personal_data
 from data.shards import SUFFIXES, ShardWriter
+from data.store import COMPLETE
 from data.tokenizer import Encoder
 
 FORMAT = 2
@@ -69,16 +70,12 @@ def prepare(cfg: RunConfig) -> Path | None:
 
 
 def corpus_dir(cfg: RunConfig) -> Path:
-    """Where `prepare` puts the corpus of this config, whether it is there yet or not."""
-    return Corpus(cfg).folder
+    """Where `prepare` puts the corpus of this config, whether it is there yet or not.
 
-
-def corpus_key(cfg: RunConfig) -> str:
-    """16 hexadecimal digits of the hash over the corpus and tokenizer sections and the content of all inputs.
-
+    Its name is 16 hexadecimal digits of the hash over the corpus and tokenizer sections and the content of all inputs.
     Cheap after the first time: hashes of inputs are remembered by path, size and time of change.
     """
-    return Corpus(cfg).folder.name
+    return Corpus(cfg).folder
 
 
 def language_table(manifest: Manifest) -> str:
@@ -98,7 +95,7 @@ def language_table(manifest: Manifest) -> str:
 
 def _without_languages(report: str) -> str:
     head, *rows = report.splitlines()
-    return "\n".join([head, *itertools.dropwhile(lambda row: not row.startswith("mean"), rows)])
+    return "\n".join([head, *dropwhile(lambda row: not row.startswith("mean"), rows)])
 
 
 class Corpus:
@@ -127,30 +124,31 @@ class Corpus:
 
     def steps(self) -> list[Step]:
         """What makes it from the sources, in order."""
-        documents = [] if self.documents.is_complete else self.documents.steps()
-        report = Step("report", self._whole, self._is_reported, self._report, has_one_unit=True)
+        documents = [] if self.documents.store.is_complete else self.documents.steps()
+        report = Step("report", whole, partial(self._has, f"tokenizer/{REPORT}"), self._report)
         shards = [
-            Step("words", self._languages, self._is_counted, self._count),
-            Step("tokenizer", self._whole, self._is_planned, self._train_and_plan, has_one_unit=True),
-            together(report, Step("shards", self._stems, self._is_written, self._write)),
-            Step("manifest", self._whole, self._is_whole, self._finish, has_one_unit=True),
+            Step("words", self.documents.store.languages, partial(self._has, "words/{}.json"), self._count),
+            Step("tokenizer", whole, partial(self._has, PLAN), self._train_and_plan),
+            Step("shards", self._stems, partial(self._has, "entries/{}.json"), self._write, beside=report),
+            Step("manifest", whole, self._is_whole, self._finish),
         ]
         if self._is_whole():
             shards = []
         elif self._tokenizer.path:
-            export = Step("export", self._whole, self._is_exported, self._export, has_one_unit=True)
-            documents, shards = [together(export, *documents[:1]), *documents[1:]], shards[1:]
+            export = Step("export", whole, partial(self._has, f"tokenizer/{tokenizer.FAST_CONFIG}"), self._export)
+            first = [dataclasses.replace(step, beside=export) for step in documents[:1]] or [export]
+            documents, shards = [*first, *documents[1:]], shards[1:]
         packing = [
             Step("packing", self._training_stems, self._is_stem_packed, self._pack),
-            Step("packed", self._whole, self._is_packed, self._record_packing, has_one_unit=True),
+            Step("packed", whole, self._is_packed, self._record_packing),
         ]
         return [*documents, *shards, *([] if self._is_packed() else packing)]
 
     def clear_leftovers(self) -> None:
         """Removes what a slower process has begun anew beside folders that are complete."""
-        for is_complete, work in ((True, self._work), (self.documents.is_complete, self.documents.store.work)):
-            if is_complete:
-                shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(self._work, ignore_errors=True)
+        if self.documents.store.is_complete:
+            shutil.rmtree(self.documents.store.work, ignore_errors=True)
 
     def submit(self) -> None:
         """Asks Slurm to do the steps that lack, unless it is at them."""
@@ -159,21 +157,15 @@ class Corpus:
         name, then = f"marathon-{self.folder.name}", f"logs: {self.logs}\nthe same line goes on when they have ended"
         if n := arrays.queued(name):
             print(f"{n} jobs {name}-* are queued or running; {then}", flush=True)
-        elif steps := list(itertools.dropwhile(Step.is_complete, self.steps())):
+        elif steps := list(dropwhile(Step.is_complete, self.steps())):
             if mistake := arrays.last_mistake(self.logs / steps[0].name):
                 print(f"before, a task of the step {steps[0].name} could not go on:\n{mistake}", flush=True)
             last = arrays.submit(steps, self._tasks, self.logs, name)
             names = ", ".join(step.name for step in steps)
             print(f"submitted arrays {name}-*: {names}; the last is job {last}; {then}", flush=True)
 
-    def _whole(self) -> list[str]:
-        return ["all"]
-
-    def _languages(self) -> list[str]:
-        return self.documents.store.languages()
-
-    def _is_counted(self, language: str) -> bool:
-        return self._words(language).exists() or self._is_planned()
+    def _has(self, name: str, unit: str) -> bool:
+        return (self._work / name.replace("{}", unit)).exists()
 
     def _words(self, language: str) -> Path:
         return self._work / "words" / f"{language}.json"
@@ -184,43 +176,32 @@ class Corpus:
             tokenizer.count_words(text, counts)
         write_whole(self._words(language), json.dumps(counts, ensure_ascii=False))
 
-    def _is_planned(self, _: str = "all") -> bool:
-        return (self._work / PLAN).exists()
-
-    def _is_exported(self, _: str) -> bool:
-        return (self._work / "tokenizer" / tokenizer.FAST_CONFIG).exists()
-
     def _export(self, _: str) -> None:
         """Takes the tokenizer that is given, in the forms that are used."""
-        self._export_model(tokenizer.read_model(self._tokenizer.path))
-
-    def _export_model(self, model: bytes) -> None:
+        model = tokenizer.read_model(self._tokenizer.path)
         tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
 
     def _train_and_plan(self, _: str) -> None:
         """Trains the tokenizer, where none is given, and decides which documents make which shard."""
         weights: dict[str, float] = {}
         if not self._tokenizer.path:
-            languages = self._languages()
+            languages = self.documents.store.languages()
             words = {lang: Counter(json.loads(self._words(lang).read_text(encoding="utf-8"))) for lang in languages}
             print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
             model, weights = balance.train(words, self._tokenizer)
-            self._export_model(model)
+            tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
         plan = {"weights": weights, "shards": self.documents.store.plan(self._shard_bytes)}
         write_whole(self._work / PLAN, json.dumps(plan, indent=1))
 
     def _plan(self) -> Any:
         return json.loads((self._work / PLAN).read_text(encoding="utf-8"))
 
-    def _is_reported(self, _: str) -> bool:
-        return (self._work / "tokenizer" / REPORT).exists()
-
     def _report(self, _: str) -> None:
         """Measures the tokenizer, where its text to measure on has the languages of this corpus."""
         folder = self._work / "tokenizer"
         trained_on = [known for hashes in self.documents.inputs.values() for known in hashes.values()]
         try:
-            report = tokenizer_report(folder, self._tokenizer, self._languages(), trained_on)
+            report = tokenizer_report(folder, self._tokenizer, self.documents.store.languages(), trained_on)
         except UserError as error:
             write_whole(folder / REPORT, f"tokenizer: not measured: {error.found}\n")
             return
@@ -231,9 +212,6 @@ class Corpus:
     def _stems(self) -> list[str]:
         shards = self._plan()["shards"]
         return sorted(shards, key=lambda stem: (-len(shards[stem]), stem))  # the longest first
-
-    def _is_written(self, stem: str) -> bool:
-        return self._entry_path(stem).exists()
 
     def _entry_path(self, stem: str) -> Path:
         return self._work / "entries" / f"{stem}.json"
@@ -252,28 +230,25 @@ class Corpus:
             licences |= set(rows["licence"].unique().to_pylist())
             writer.add(rows.drop_columns(["text"]), offsets[1:], ids)
         writer.close()
-        entry = self._entry(stem, writer, sorted(licences))
-        write_whole(self._entry_path(stem), json.dumps(dataclasses.asdict(entry)))
-
-    def _entry(self, stem: str, writer: ShardWriter, licences: list[str]) -> ShardEntry:
         lang, source, split, _ = stem.rsplit(".", 3)
         hashes = {suffix: sha256(writer.stem.with_name(stem + suffix)) for suffix in SUFFIXES}
         counts = writer.n_docs, writer.n_tokens, writer.n_bytes
-        return ShardEntry(f"shards/{stem}", source, lang, split, licences, *counts, hashes)
+        entry = ShardEntry(f"shards/{stem}", source, lang, split, sorted(licences), *counts, hashes)
+        write_whole(self._entry_path(stem), json.dumps(dataclasses.asdict(entry)))
 
     def _is_whole(self, _: str = "all") -> bool:
         return (self.folder / MANIFEST).exists()
 
     def _finish(self, _: str) -> None:
         entries = [json.loads(self._entry_path(stem).read_text()) for stem in sorted(self._stems())]
-        documents = self.documents.facts()
+        facts = json.loads((self.documents.store.folder / COMPLETE).read_text(encoding="utf-8"))
+        encoder, names = _encoder(self._work / "tokenizer"), (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
+        hashes = {name: sha256(self._work / "tokenizer" / name) for name in names}
         manifest = Manifest(
             shards=[ShardEntry(**entry) for entry in entries],
-            tokenizer=_tokenizer_entry(self._work / "tokenizer"),
+            tokenizer=TokenizerEntry(encoder.vocab_size, encoder.bos_id, encoder.eos_id, encoder.pad_id, hashes),
             documents=self.documents.store.folder.name,
-            sources=documents["sources"],
-            steps=documents["steps"],
-            lists=documents["lists"],
+            **facts,  # sources, steps and lists
             removed=[],
             max_valid_docs_per_language=self._max_valid_docs,
             versions={name: importlib.metadata.version(name) for name in ("sentencepiece", "gigatoken", "numpy")},
@@ -303,15 +278,7 @@ class Corpus:
         record_packing(self.folder, self._packed_seq_len)
 
 
-@functools.cache  # shards of one process share it: loading takes longer than encoding a small one
-def _encoder(folder: Path) -> Encoder:
-    return Encoder(folder)
-
-
-def _tokenizer_entry(folder: Path) -> TokenizerEntry:
-    encoder, names = Encoder(folder), (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
-    hashes = {name: sha256(folder / name) for name in names}
-    return TokenizerEntry(encoder.vocab_size, encoder.bos_id, encoder.eos_id, encoder.pad_id, hashes)
+_encoder = cache(Encoder)  # shards of one process share it: loading takes longer than encoding a small one
 
 
 @contextmanager

@@ -54,6 +54,10 @@ class ShardWriter:
         `rows` is an Arrow table with what the sidecar tells of each, `n_bytes` among it; `ids` are their tokens one
         after another, without `<s>` and `</s>`, and document i ends before `ends[i]`.
         """
+        import pyarrow.parquet as pq
+
+        from data.columns import numbers, to_numpy
+
         lengths = np.diff(ends, prepend=0) + 2
         last = np.cumsum(lengths) - 1
         tokens = np.empty(int(last[-1]) + 1, _DTYPES[self._code])
@@ -64,7 +68,12 @@ class ShardWriter:
         tokens[last], tokens[last - lengths + 1], tokens[is_text] = self._eos_id, self._bos_id, ids
         self._files[".bin"].write(tokens.data)
         self._lengths.append(lengths.astype(np.int32))
-        self._write_rows(rows, lengths, self.n_tokens + last - lengths + 1)
+        rows = rows.append_column("n_tokens", numbers(lengths.astype(np.int32)))
+        rows = rows.append_column("offset", numbers(self.n_tokens + last - lengths + 1))
+        if self._sidecar is None:
+            self._sidecar = pq.ParquetWriter(self._files[".docs.parquet"], rows.schema, compression="zstd")
+        self._sidecar.write_table(rows)
+        self.n_bytes += int(to_numpy(rows["n_bytes"]).sum())
         self.n_docs += len(lengths)
         self.n_tokens += len(tokens)
 
@@ -84,18 +93,6 @@ class ShardWriter:
             os.fsync(file.fileno())  # the name must not survive a power cut that the content does not
             file.close()
             os.replace(file.name, self.stem.with_name(self.stem.name + suffix))
-
-    def _write_rows(self, rows: Any, lengths: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        import pyarrow.parquet as pq
-
-        from data.columns import numbers, to_numpy
-
-        self.n_bytes += int(to_numpy(rows["n_bytes"]).sum())
-        rows = rows.append_column("n_tokens", numbers(lengths.astype(np.int32)))
-        rows = rows.append_column("offset", numbers(offsets))
-        if self._sidecar is None:
-            self._sidecar = pq.ParquetWriter(self._files[".docs.parquet"], rows.schema, compression="zstd")
-        self._sidecar.write_table(rows)
 
 
 class Shard:
@@ -200,21 +197,19 @@ def _require_size(path: Path, n_bytes: int) -> None:
 class _Mapping:
     """A file in memory, read only, without an open descriptor: Python's own mappings keep one each."""
 
+    _address: int | None = None
+
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._n_bytes = os.fstat(file.fileno()).st_size
-            self._address = None
             if self._n_bytes:
                 address = _LIBC.mmap(None, self._n_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
                 if address == ctypes.c_void_p(-1).value:
-                    number = ctypes.get_errno()
-                    raise OSError(number, os.strerror(number), str(path))
+                    raise OSError(number := ctypes.get_errno(), os.strerror(number), str(path))
                 self._address = address
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {"version": 3, "typestr": "|u1", "shape": (self._n_bytes,), "data": (self._address or 1, True)}
+        data = (self._address or 1, True)
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (self._n_bytes,), "data": data}
 
     def __del__(self) -> None:
-        if getattr(self, "_address", None):
+        if self._address:
             _LIBC.munmap(self._address, self._n_bytes)

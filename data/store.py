@@ -55,6 +55,10 @@ class Store:
         """Where its parts stand now."""
         return self.folder if self.is_complete else self.work
 
+    def has(self, name: str, unit: str) -> bool:
+        """Whether there is a part of that name, in which `{}` stands for the unit."""
+        return (self.root / name.replace("{}", unit)).exists()
+
     def languages(self) -> list[str]:
         """Languages of the documents that there are, sorted."""
         return sorted({file.language for file in self.stored()})
@@ -117,9 +121,8 @@ class Store:
         """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""
         files = [file for file in self.stored(language=language) if file.split == split]
         groups = [(f.name, g) for f in files for g in range(pq.read_metadata(self.root / f.name).num_row_groups)]
-        n_bytes = sum(
-            int(pq.read_table(self.root / f.name, columns=["n_bytes"])["n_bytes"].to_numpy().sum()) for f in files
-        )
+        sizes = [to_numpy(pq.read_table(self.root / f.name, columns=["n_bytes"])["n_bytes"]) for f in files]
+        n_bytes = int(sum(map(np.sum, sizes)))
         for rows in self._row_groups(groups):
             for doc_id, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True):
                 if n_bytes <= max_bytes or rank_of(doc_id) * n_bytes < max_bytes * 2**64:
@@ -140,9 +143,8 @@ class Store:
             found = np.load(path, allow_pickle=False) if path.exists() else np.zeros((2, 0))
             return np.asarray(found, np.int64).reshape(2, -1)
         except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} is no array of rows", str(error), f"delete {self.root}; it is made again"
-            ) from error
+            repair = f"delete {self.root}; it is made again"
+            raise UserError(f"{path} is no array of rows", str(error), repair) from error
 
     def save_rows(self, name: str, kind: str, rows: NDArray[Any], told: NDArray[Any] | None = None) -> None:
         """Puts rows beside a file, if there are any, with what is told of each."""

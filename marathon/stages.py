@@ -101,11 +101,11 @@ def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
-    from data.pipeline import corpus_key
+    from data.pipeline import corpus_dir
 
     try:
         packing = f"fit-{cfg.train.seq_len}" if cfg.mixture.packing is Packing.best_fit else "concat"
-        return {"corpus_key": corpus_key(cfg), "packing": packing}
+        return {"corpus_key": corpus_dir(cfg).name, "packing": packing}
     except UserError:
         # The sources may have stayed on another machine. A run with checkpoints keeps the settings of its corpus, so
         # what was prepared from them still is what is asked for.

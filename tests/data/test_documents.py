@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from data.audit import Audit
 from data.manifest import TRAIN, Manifest
-from data.pipeline import corpus_dir, corpus_key, prepare
+from data.pipeline import corpus_dir, prepare
 from data.shards import read_sidecar
 from tests.data.prepared import (
     documents,
@@ -95,13 +95,19 @@ def test_sources_keep_their_licence_and_shards_their_source(
 ) -> None:
     cfg = make_config([*documents(30), *documents(30, "fr")])
     others = [{"lang": "de", "text": f"Ein anderes, Nummer {i}"} for i in range(30)]
-    second_source(cfg, tmp_path, others, licence="CC-BY-4.0", origin="there")
+    second_source(cfg, tmp_path, others, licence="CC-BY-4.0", origin="there", licence_field="rights")
     manifest = prepared(cfg)
     assert {(s.source, s.language, *s.licences) for s in manifest.shards} == {
         ("small", "de", "CC0-1.0"), ("small", "fr", "CC0-1.0"), ("other", "de", "CC-BY-4.0"),
     }  # fmt: skip
     assert {name: source["origin"] for name, source in manifest.sources.items()} == {"small": "here", "other": "there"}
     assert [s.source for s in manifest.shards_of("de", TRAIN)] == ["other", "small"]
+    assert {name: source["licence"] for name, source in manifest.sources.items()} == {
+        "small": "CC0-1.0", "other": "CC-BY-4.0",
+    }  # fmt: skip
+    assert {name: source.get("licence_field") for name, source in manifest.sources.items()} == {
+        "small": None, "other": "rights",
+    }  # fmt: skip
     assert manifest.facts()["sources"]["other"]["licences"] == ["CC-BY-4.0"]
 
 
@@ -144,7 +150,7 @@ def test_a_source_name_that_cannot_be_a_file_name_is_refused(make_config: Callab
     cfg = make_config(documents(3))
     cfg.corpus.sources["../up"] = cfg.corpus.sources.pop("small")
     with pytest.raises(UserError, match=r"corpus\.sources\.\.\./up"):
-        corpus_key(cfg)
+        corpus_dir(cfg)
 
 
 @pytest.mark.parametrize("remove", [False, True])

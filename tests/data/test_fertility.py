@@ -109,7 +109,9 @@ def test_it_says_when_text_and_tokenizer_know_each_other(folder: Path) -> None:
 
 def test_the_report_is_json_and_its_table_has_a_line_for_each_language(folder: Path) -> None:
     report = tokenizer_report(folder, CFG, ["el", "en", "mk"])
-    table = report_table(json.loads(json.dumps(report))).split("\n")
+    header, *_ = table = report_table(json.loads(json.dumps(report))).split("\n")
+    assert header.split()[:6] == ["language", "bytes/token", "byte", "tokens", "this", "tokenizer"]
+    assert table[7].startswith("tokens per word, and in brackets relative to English for the same content, on package:")
     assert [line.split()[0] for line in table[1:7]] == ["el", "en", "mk", "mean", "worst", "Gini"]
     assert table[1].endswith("2.31 (2.18)") and len({len(line) for line in table[:7]}) == 1
     row = report["languages"]["el"]

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -260,7 +261,28 @@ def test_a_later_phase_that_overspends_is_refused_before_the_start() -> None:
     with pytest.raises(UserError, match=r"mixture\.phases\.1\.from_tokens = 5400 under .*0\.rule = weights") as error:
         plan(cfg, 6_000)
     assert "mixture.phases.0.max_epochs=8" in error.value.repair, "mt 4 times before, and 400 tokens more"
-    assert "mixture.phases.1.from_tokens=5000 or less" in error.value.repair
+    assert "from_tokens=" not in error.value.repair, "no time is early enough: mt was shown 4 times before phase 0"
+
+
+@given(st.integers(1, 300), st.integers(1, 60_000), st.integers(1, 90_000))
+def test_the_tokens_that_a_refusal_names_are_accepted_as_they_stand(seq_len: int, first: int, length: int) -> None:
+    """Where a phase is refused, another that begins sooner ends it: in whole sequences, and after its own beginning."""
+    cfg = weights({"de": 1}, phases=[later(first, alpha=0.0), later(first + length, allow_more_epochs=True)])
+    end_position = (first + length) // seq_len + 10
+
+    def refusal() -> str:
+        try:
+            plan_phases([], cfg, AVAILABLE, position=0, end_position=end_position, seq_len=seq_len)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    while found := re.search(r"mixture\.phases\.(\d)\.from_tokens=(\d+) or less", refusal()):
+        k, tokens = map(int, found.groups())
+        assert tokens < cfg.phases[k].from_tokens
+        cfg.phases[k].from_tokens = tokens
+        MixtureConfig(**vars(cfg))  # they still follow one another
+        assert f"phases.{k}.from_tokens =" not in refusal()
 
 
 def test_all_phases_that_overspend_are_told_at_once() -> None:
@@ -320,8 +342,9 @@ def test_unimax_with_no_text_left_is_refused_or_goes_on_by_size() -> None:
     # mt 200 tokens, de 16,000, fr 8,000 and 10 more.
     slots = {0: "mt/web", 20: "de/web", 1_620: "fr/web", 2_420: "fr/web"}
     phases = [Phase(start, {part: CYCLE}) for start, part in slots.items()]
-    with pytest.raises(UserError, match=r"train\.tokens=24210 or less"):
+    with pytest.raises(UserError, match=r"train\.tokens = 25420 under") as error:
         go_on(phases, unimax(2), 2_421, end=2_542)
+    assert "train.tokens=" not in error.value.repair
     _, [mixture] = go_on(phases, unimax(2, allow=True), 2_421, end=2_542)
     assert [row.tokens for row in mixture.rows] == [800, 400, 10] and mixture.unspent_tokens == 1_210
 

@@ -16,7 +16,7 @@ from configs.text import HoldoutConfig, TokenizerConfig
 from data.loader import Samples
 from data.manifest import TRAIN, VALID, Manifest, marks, verify
 from data.order import CYCLE, Phase
-from data.pipeline import PLAN, corpus_dir, corpus_key, language_table, prepare
+from data.pipeline import PLAN, corpus_dir, language_table, prepare
 from data.shards import Shard, read_sidecar
 from data.tokenizer import Encoder
 from tests.data.corpora import write_files
@@ -129,7 +129,7 @@ def test_a_corpus_is_named_by_content_and_not_by_place(
     make_config: Callable[..., RunConfig], tmp_path: Path, corpus: Path
 ) -> None:
     cfg = make_config(documents(40))
-    key, first = corpus_key(cfg), prepared(cfg)
+    key, first = corpus_dir(cfg).name, prepared(cfg)
     source = Path(cfg.corpus.sources["small"].path)
     moved = tmp_path / "elsewhere" / source.name
     moved.parent.mkdir()
@@ -137,11 +137,11 @@ def test_a_corpus_is_named_by_content_and_not_by_place(
     cfg.corpus.sources["small"].path = str(moved)
     cfg.tokenizer.path = str(shutil.copy(cfg.tokenizer.path, tmp_path / "copy.model"))
     cfg.cluster.scratch = str(tmp_path / "other")
-    assert corpus_key(cfg) == key and prepared(cfg) == first
+    assert corpus_dir(cfg).name == key and prepared(cfg) == first
     assert str(tmp_path) not in (corpus_dir(cfg) / "manifest.json").read_text()
     moved.write_bytes(moved.read_bytes().replace(b"39", b"93"))
     changed = prepared(cfg)
-    assert corpus_key(cfg) != key and changed.corpus_hash != first.corpus_hash
+    assert corpus_dir(cfg).name != key and changed.corpus_hash != first.corpus_hash
 
 
 CHANGES: dict[str, Callable[[RunConfig], object]] = {
@@ -163,17 +163,17 @@ def test_every_setting_that_decides_about_documents_is_part_of_the_key(
     make_config: Callable[..., RunConfig], change: str
 ) -> None:
     cfg = make_config(documents(3))
-    key, cleaned = corpus_key(cfg), documents_dir(cfg)
+    key, cleaned = corpus_dir(cfg).name, documents_dir(cfg)
     CHANGES[change](cfg)
-    assert corpus_key(cfg) != key
+    assert corpus_dir(cfg).name != key
     assert (documents_dir(cfg) == cleaned) == (change in OF_THE_SHARDS)
 
 
 def test_who_prepares_a_corpus_and_how_it_is_read_are_no_part_of_its_key(make_config: Callable[..., RunConfig]) -> None:
     cfg = make_config(documents(3))
-    key = corpus_key(cfg)
+    key = corpus_dir(cfg).name
     cfg.tasks.workers, cfg.train.seq_len, cfg.mixture.packing = 7, 128, Packing.best_fit
-    assert corpus_key(cfg) == key
+    assert corpus_dir(cfg).name == key
 
 
 def test_the_tokenizer_learns_from_training_documents_alone(make_config: Callable[..., RunConfig]) -> None:
