@@ -20,28 +20,23 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
     seqs, world = cfg.train.seqs_per_step, cfg.cluster.world_size
     if seqs % world:
         upward = -(-seqs // world) * world * cfg.train.seq_len
-        yield UserError(
-            f"train.tokens_per_step = {cfg.train.tokens_per_step} is {seqs} sequences over {world} devices",
-            "every device takes the same number of sequences in a step",
-            f"train.tokens_per_step={upward}, or a number of devices that divides {seqs}",
-        )
+        found = f"train.tokens_per_step = {cfg.train.tokens_per_step} is {seqs} sequences over {world} devices"
+        rule = "every device takes the same number of sequences in a step"
+        repair = f"train.tokens_per_step={upward}, or a number of devices that divides {seqs}"
+        yield UserError(found, rule, repair)
 
     steps = cfg.train.steps
     decay_steps = round(cfg.schedule.decay_share * steps) if cfg.schedule.name is ScheduleName.wsd else 0
     if cfg.schedule.warmup_steps > steps - max(decay_steps, 1):
-        yield UserError(
-            f"schedule.warmup_steps = {cfg.schedule.warmup_steps}, of {steps} steps the last {decay_steps} decay",
-            "the warm-up has to end before the decay begins",
-            f"schedule.warmup_steps={steps // 10}, or more train.tokens",
-        )
+        found = f"schedule.warmup_steps = {cfg.schedule.warmup_steps}, of {steps} steps the last {decay_steps} decay"
+        repair = f"schedule.warmup_steps={steps // 10}, or more train.tokens"
+        yield UserError(found, "the warm-up has to end before the decay begins", repair)
 
     late = [phase.from_tokens for phase in cfg.mixture.phases if phase.from_tokens >= cfg.train.tokens]
     if late:
-        yield UserError(
-            f"mixture.phases from {late[0]} tokens on, train.tokens = {cfg.train.tokens}",
-            "a phase begins before the run ends",
-            f"train.tokens above {late[-1]}, or 'mixture.phases=[]'",
-        )
+        found = f"mixture.phases from {late[0]} tokens on, train.tokens = {cfg.train.tokens}"
+        repair = f"train.tokens above {late[-1]}, or 'mixture.phases=[]'"
+        yield UserError(found, "a phase begins before the run ends", repair)
 
     if not cfg.corpus.holdout.by_field and cfg.corpus.holdout.share <= 0:
         rule = "validation needs documents that training does not see"
@@ -51,22 +46,18 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
     for name, source in cfg.corpus.sources.items():
         is_local = source.path.startswith(("/", "package:"))
         if source.format is SourceFormat.hub and not is_local and not source.hub_revision:
-            yield UserError(
-                f"corpus.sources.{name}.path = {source.path} without hub_revision",
-                "a hub dataset is named with its commit, since a branch can change under a run",
-                f"corpus.sources.{name}.hub_revision=<commit>, or a local copy as path",
-            )
+            found = f"corpus.sources.{name}.path = {source.path} without hub_revision"
+            rule = "a hub dataset is named with its commit, since a branch can change under a run"
+            yield UserError(found, rule, f"corpus.sources.{name}.hub_revision=<commit>, or a local copy as path")
 
     if cfg.engine.precision is Precision.fp32 and cfg.engine.comm_precision is Precision.bf16:
         found = "engine.precision = fp32 with engine.comm_precision = bf16"
         rule = "gradients must not be rounded below the precision of the weights"
         yield UserError(found, rule, "engine.comm_precision=fp32")
     if cfg.cluster.device is not Device.cpu and not cfg.cluster.peak_tflops > 0:
-        yield UserError(
-            f"cluster.peak_tflops = {cfg.cluster.peak_tflops} on {cfg.cluster.device.value}",
-            "MFU on an accelerator is stated against the vendor's peak, not against a measurement",
-            "cluster.peak_tflops=<dense bf16 peak> with cluster.peak_source=<where it stands>",
-        )
+        found = f"cluster.peak_tflops = {cfg.cluster.peak_tflops} on {cfg.cluster.device.value}"
+        rule = "MFU on an accelerator is stated against the vendor's peak, not against a measurement"
+        yield UserError(found, rule, "cluster.peak_tflops=<dense bf16 peak> with cluster.peak_source=<where it stands>")
     if cfg.log.wandb is WandbMode.online and not cfg.cluster.online:
         found, rule = "log.wandb = online with cluster.online = false", "compute nodes are taken to have no network"
         yield UserError(found, rule, "log.wandb=offline, then `wandb sync` from a login node; or cluster.online=true")

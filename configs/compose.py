@@ -1,16 +1,13 @@
 """From overrides to one checked `RunConfig`, and to and from the frozen file of a run.
 
-The only file that imports hydra, and only inside `compose`: ranks read the frozen file and never pay
-for, or disagree about, a composition. What Hydra lets through (`+model.typo=1` sets a key that no schema
-knows) is closed by merging the result once more onto the schema.
+Hydra is imported inside `compose` alone: ranks read the frozen file and never pay for a composition. What Hydra lets
+through (`+model.typo=1` sets a key that no schema knows) is closed by merging the result once more onto the schema.
 """
 
 import difflib
 import hashlib
 import os
 import re
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,15 +140,13 @@ def _absolute(path: str) -> str:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if is_dataclass(node):
-        items = [(f.name, getattr(node, f.name)) for f in fields(node)]
-    elif isinstance(node, dict):
-        items = list(node.items())
-    elif isinstance(node, list) and any(map(is_dataclass, node)):
-        items = [(str(i), item) for i, item in enumerate(node)]
-    else:
-        return {prefix.rstrip("."): node.value if isinstance(node, Enum) else node}
-    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}
+    if isinstance(node, RunConfig):
+        node = OmegaConf.to_container(OmegaConf.structured(node), enum_to_str=True)
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {prefix.rstrip("."): node}
+    return {k: v for name, value in node.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 def _readable(error: Exception, overrides: list[str]) -> UserError:
@@ -168,10 +163,8 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         group, name = option.groups()
         return UserError(f"{group}={name}", f"must name a file configs/{group}/{name}.yaml", _one_of(group))
     if option := re.search(r"Could not override '([^']+)'|Key '([^']+)' not in '([^']+)'", text):
-        name, section = option[1] or option[2], option[3]
-        rule = f"every setting is a field in {SCHEMA}"
-        if section:
-            rule = f"{section} in {SCHEMA} has no such field"
+        name, section = option[1] or option[2], option[3] or "RunConfig"
+        rule = f"{section} in {SCHEMA} has no such field"
         close = difflib.get_close_matches(name, setting_names(RunConfig), n=2, cutoff=0.5)
         repair = f"did you mean {' or '.join(close)}?" if close else f"the settings stand in {SCHEMA}"
         return UserError(f"unknown setting {name!r} in: {given}", rule, repair)

@@ -1,8 +1,7 @@
 """Every setting of a run: one dataclass a section, the meaning beneath each field.
 
-Values stand in the YAML groups beside this file; what a setting is, and the rules a field has to keep
-by itself, stand here. Rules across sections are in `checks.py`. Fields without a default have to come
-from YAML or the command line.
+Values stand in the YAML groups beside this file; the rules that a field has to keep by itself stand here, rules across
+sections in `checks.py`. Fields without a default have to come from YAML or the command line.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from configs.enums import Device, Precision, ScheduleName, WandbMode
+from configs.enums import Device, Family, Precision, ScheduleName, WandbMode
 from configs.rules import NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
 from configs.text import CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
@@ -175,11 +174,9 @@ class FaultConfig(Section, prefix="faults"):
     spike_window_steps: NaturalInt = 128
     """A loss is compared with so many before it, once half of them are there; 0: spikes are not looked for."""
     spike_sigmas: PositiveFloat = 8.0
-    """A spike is a loss so many robust standard deviations (1.4826 x MAD, 2 % of the median at least) above the
-    median of the window."""
+    """A spike is a loss so many robust deviations (1.4826 x MAD, 2 % of the median at least) above the median."""
     spike_skip_steps: PositiveInt = 2
-    """After a spike, the run goes back to the last checkpoint and leaves out the samples of so many steps: the
-    spike's own and those just before it."""
+    """After a spike, the run goes back to a checkpoint and leaves out the samples of so many steps, up to the spike."""
     max_rewinds: NaturalInt = 8
     """A run that has gone back so often stops at the next spike."""
 
@@ -188,8 +185,8 @@ class FaultConfig(Section, prefix="faults"):
 class SuiteConfig(Section, prefix="suite"):
     """What every checkpoint is asked, besides bits per byte."""
 
-    tasks: list[str] = MISSING
-    """Families of tasks by name, see eval/suites.py; none: bits per byte alone."""
+    tasks: list[Family] = MISSING
+    """Families of tasks, see eval/suites.py; none: bits per byte alone."""
     max_items_per_language: Annotated[int, Rule(lambda n: n >= 2, "a standard error takes two items", "2 or more")] = 50
     """Questions of one family in one language at most."""
     bootstrap_samples: PositiveInt = 1000

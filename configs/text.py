@@ -65,12 +65,10 @@ class HoldoutConfig(Section, prefix="corpus.holdout"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            bool(self.by_field) == bool(self.by_values),
-            f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}",
-            "a field needs values, and values need a field",
-            "corpus.holdout.by_field=article 'corpus.holdout.by_values=[5,12]', or only corpus.holdout.share",
-        )
+        found = f"corpus.holdout.by_field = {self.by_field!r} with by_values = {self.by_values}"
+        rule = "a field needs values, and values need a field"
+        repair = "corpus.holdout.by_field=article 'corpus.holdout.by_values=[5,12]', or only corpus.holdout.share"
+        require(bool(self.by_field) == bool(self.by_values), found, rule, repair)
 
 
 @dataclass
@@ -78,8 +76,7 @@ class IdentifyConfig:
     """Which language a text is in, found out from the text."""
 
     model: str = ""
-    """`lid176` and `langid` come with the packages; else the path of a fastText model (GlotLID, OpenLID); empty: the
-    language that the source declares is believed."""
+    """`lid176`, `langid`, or the path of a fastText model (GlotLID, OpenLID); empty: the source is believed."""
     second: str = ""
     """A second model, which has to agree in the languages of `confused`; empty: the first decides alone."""
     confused: list[list[str]] = field(default_factory=list)
@@ -90,12 +87,12 @@ class IdentifyConfig:
     """Shorter texts keep their declared language: there is not enough to go by."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.second) == bool(self.confused),
-            f"identify.second = {self.second!r} with identify.confused = {self.confused}",
-            "the second model is asked in the languages of `confused`, and only there",
-            "give both, or neither",
-        )
+        found = f"identify.second = {self.second!r} with identify.confused = {self.confused}"
+        rule = "the second model is asked in the languages of `confused`, and only there"
+        require(bool(self.second) == bool(self.confused), found, rule, "give both, or neither")
+
+
+CRAWLERS = ("*", "GPTBot", "CCBot", "Google-Extended", "ClaudeBot", "anthropic-ai")
 
 
 @dataclass
@@ -108,9 +105,7 @@ class OptOutConfig:
     """Files of document ids, one a line."""
     robots: list[str] = field(default_factory=list)
     """robots.txt of hosts: WARC files that hold them, or JSON lines with `host`, `robots` and `date`."""
-    agents: list[str] = field(
-        default_factory=lambda: ["*", "GPTBot", "CCBot", "Google-Extended", "ClaudeBot", "anthropic-ai"]
-    )
+    agents: list[str] = field(default_factory=lambda: [*CRAWLERS])
     """A document is left out where one of these user agents may not fetch it."""
 
 
@@ -125,8 +120,7 @@ class CleanConfig:
     identify: IdentifyConfig = field(default_factory=IdentifyConfig)
     """Identification of languages."""
     thresholds: str = ""
-    """YAML of quality thresholds by language, as `marathon thresholds` derives them; `package:data/thresholds.yaml` is
-    shipped; empty: no quality filter."""
+    """YAML made by `marathon thresholds`; `package:data/thresholds.yaml` is shipped; empty: no quality filter."""
     scorer: str = ""
     """A fastText classifier of quality; empty: none."""
     scorer_label: str = "__label__hq"
@@ -213,7 +207,9 @@ class TasksConfig(Section, prefix="tasks"):
     """local: processes on this machine; slurm: arrays of jobs, submitted from a login node."""
     workers: Annotated[int, Rule(lambda n: n >= 0, "cannot be negative", "0 for one a core")] = 0
     """local: processes at once; 0: one for each core."""
-    tasks: PositiveInt = 64
+    tasks: Annotated[
+        int, Rule(lambda n: 0 < n <= MAX_TASKS, "must be the size of a Slurm array", f"1 to {MAX_TASKS}")
+    ] = 64
     """slurm: jobs of an array; each does its share of the input files, languages or shards."""
     partition: str = ""
     """slurm: partition of nodes without accelerators."""
@@ -226,7 +222,6 @@ class TasksConfig(Section, prefix="tasks"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.tasks <= MAX_TASKS, f"tasks.tasks = {self.tasks}", "a Slurm array has fewer", f"up to {MAX_TASKS}")
         is_told = self.runner is Runner.local or bool(self.partition)
         require(is_told, "tasks.partition = ''", "Slurm needs a partition", "tasks.partition=small, or tasks=lumi_c")
 
@@ -249,8 +244,7 @@ class TokenizerConfig(Section, prefix="tokenizer"):
     language_alpha: Share = 0.3
     """Exponent of the balance `temperature`: 1 natural, 0 all alike."""
     parity_text: str = "package:data/samples/udhr-europe.jsonl.zst"
-    """JSON lines with `lang`, `article` and `text`: articles that say the same in each language. The balance `parity`
-    and the report of the tokenizer measure on them."""
+    """JSON lines of `lang`, `article`, `text`, the same in each language: `parity` and the report measure on them."""
     parity_rounds: PositiveInt = 6
     """Steps of the balance `parity`, each a training on the most frequent words of every language."""
     max_train_bytes_per_language: PositiveInt = 1 << 28
@@ -265,12 +259,10 @@ class TokenizerConfig(Section, prefix="tokenizer"):
         for token in self.special_tokens:
             # A bracket at both ends and nowhere else: no two of them overlap in any text.
             is_fit = re.fullmatch(r"<[^\s<>\u2581]+>", token) and not re.fullmatch(r"<(/?s|pad|unk|0x..)>", token)
-            require(
-                bool(is_fit) and self.special_tokens.count(token) == 1,
-                f"tokenizer.special_tokens: {token!r}",
-                "each is named once, as one word in angle brackets; <s> </s> <pad> <unk> and <0x41> have their meaning",
-                "tokenizer.special_tokens=['<email>','<phone>']",
-            )
+            is_once = self.special_tokens.count(token) == 1
+            rule = "each stands once, as one word in angle brackets; <s> </s> <pad> <unk> and <0x41> have their meaning"
+            repair = "tokenizer.special_tokens=['<email>','<phone>']"
+            require(bool(is_fit) and is_once, f"tokenizer.special_tokens: {token!r}", rule, repair)
 
 
 FACTOR = Rule(lambda factor: factor >= 0, "a factor is not negative", "0 leaves it out")
@@ -297,12 +289,10 @@ class PhaseConfig(Section, prefix="mixture"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            bool(self.weights) == (self.rule is MixtureRule.weights),
-            f"mixture.rule = {self.rule.value} with mixture.weights = {self.weights}",
-            "weights belong to the rule `weights`, and it needs them",
-            "mixture.rule=weights 'mixture.weights={de:0.5,fr:0.5}', or no weights",
-        )
+        found = f"mixture.rule = {self.rule.value} with mixture.weights = {self.weights}"
+        rule = "weights belong to the rule `weights`, and it needs them"
+        repair = "mixture.rule=weights 'mixture.weights={de:0.5,fr:0.5}', or no weights"
+        require(bool(self.weights) == (self.rule is MixtureRule.weights), found, rule, repair)
 
 
 @dataclass
@@ -325,9 +315,6 @@ class MixtureConfig(PhaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         starts = [0, *(phase.from_tokens for phase in self.phases)]
-        require(
-            starts == sorted(set(starts)),
-            f"mixture.phases begin at {starts[1:]} tokens",
-            "each begins after the one before, and the first after 0",
-            "put them in order",
-        )
+        found = f"mixture.phases begin at {starts[1:]} tokens"
+        rule = "each begins after the one before, and the first after 0"
+        require(starts == sorted(set(starts)), found, rule, "put them in order")

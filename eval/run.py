@@ -1,8 +1,7 @@
 """Evaluates the checkpoints of a run: bits per byte on held-out documents, then the question suite.
 
-All ranks take part, whatever their number: it does not change a figure by more than rounding. Rank 0 writes
-RUN/eval/CHECKPOINT.json and one line to the ledger, and prints. What has been evaluated is passed over, so the
-same command goes on after a kill.
+All ranks take part, whatever their number: it changes no figure by more than rounding. Rank 0 writes the results and a
+ledger line for each, and prints. What has been evaluated is passed over, so the same command goes on after a kill.
 """
 
 import json
@@ -21,7 +20,7 @@ from configs.enums import Device, Precision
 from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 from data.heldout import ValidDocument
-from eval.results import IDENTITY, family_means, read_result, result_path, write_result
+from eval.results import family_means, read_results, write_result
 from eval.suites import build_suite
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from ledger import host
@@ -50,7 +49,7 @@ def evaluate(
         for checkpoint in to_do:
             result = hashes | _figures(cfg, checkpoint, documents, ask, ranks)
             if ranks.is_main_process:
-                write_result(result_path(run_dir, checkpoint.name), result)
+                write_result(run_dir, result)
                 _record(run_dir, result)
                 progress.say(_line(result))
             progress.advance()
@@ -59,16 +58,14 @@ def evaluate(
 
 def _together(ranks: PartialState, look: Callable[[], Any]) -> Any:
     """What `look` finds on the first rank; where any rank finds a mistake, the first one tells it and all end."""
-    found, mistake = None, None
     try:
         found = look()
     except UserError as error:
-        mistake = error
-    shares = gather_object([(found, mistake)])
-    for _, told in shares:
-        if told:
-            raise told if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
-    return shares[0][0]
+        found = error
+    shares = gather_object([found])
+    if mistakes := [share for share in shares if isinstance(share, UserError)]:
+        raise mistakes[0] if ranks.is_main_process else SystemExit(EXIT_MISTAKE)
+    return shares[0]
 
 
 def _plan(
@@ -79,17 +76,16 @@ def _plan(
     if not checkpoints:
         raise UserError(f"{run_dir} has no checkpoint", "evaluation is of checkpoints", "run `marathon train` first")
     if not documents:
-        raise UserError(
-            f"corpus.holdout = {cfg.corpus.holdout} kept no document",
-            "bits per byte are measured on held-out documents",
-            "corpus.holdout.share=0.001, and prepare the corpus again",
-        )
+        found = f"corpus.holdout = {cfg.corpus.holdout} kept no document"
+        rule = "bits per byte are measured on held-out documents"
+        raise UserError(found, rule, "corpus.holdout.share=0.001, and prepare the corpus again")
     suite_dir = build_suite(cfg.suite, {document.lang for document in documents}, run_dir / "eval")
     suite = json.loads((suite_dir / "suite.json").read_text(encoding="utf-8"))
     hashes, to_do = {"suite_hash": suite["hash"], "corpus_hash": corpus_hash}, []
+    results = {result["checkpoint"]: result for result in read_results(run_dir)}
     for checkpoint in checkpoints:
-        path = result_path(run_dir, checkpoint.name)
-        if result := read_result(path, model_sha256=checkpoint_sha256(checkpoint), **hashes):
+        identity, result = hashes | {"model_sha256": checkpoint_sha256(checkpoint)}, results.get(checkpoint.name, {})
+        if identity.items() <= result.items():
             _record(run_dir, result)
         else:
             to_do.append(checkpoint)
@@ -117,8 +113,7 @@ def _figures(
     )
     by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
     suite, progress, hardware = ask(decoder), read_manifest(checkpoint)["progress"], host.hardware()
-    is_gpu = ranks.device.type == "cuda"
-    device = torch.cuda.get_device_name(ranks.device) if is_gpu else hardware["processor"]
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else hardware["processor"]
     return {
         "checkpoint": checkpoint.name,
         "step": progress["step"],
@@ -156,15 +151,13 @@ def _ask(cfg: RunConfig, suite_dir: Path, tasks: list[str], tokenizer_dir: Path,
 
 def _record(run_dir: Path, result: dict[str, Any]) -> None:
     """One ledger line a result, also where a kill came between the file and the line."""
-    told = ("checkpoint", "step", "tokens", *IDENTITY, "bpb_mean", "families", "wall_s")
-    facts, ledger = {name: result[name] for name in told}, Ledger(run_dir)
+    told = ("checkpoint", "step", "tokens", "model_sha256", "suite_hash", "corpus_hash", "bpb_mean", "families")
+    facts, ledger = {name: result[name] for name in (*told, "wall_s", "hardware", "world_size")}, Ledger(run_dir)
     if ledger.last("evaluation", **facts) is None:
-        ledger.append("evaluation", **facts, hardware=result["hardware"], world_size=result["world_size"])
+        ledger.append("evaluation", **facts)
 
 
 def _line(result: dict[str, Any]) -> str:
-    families = "".join(
-        f", {name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in result["families"].items()
-    )
+    told = [f"{name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in result["families"].items()]
     bpb = f"{result['bpb_mean']:.4f} bits per byte over {len(result['bpb'])} languages"
-    return f"{result['checkpoint']}: {bpb}{families}, {result['wall_s']:.1f} s"
+    return f"{result['checkpoint']}: {', '.join([bpb, *told])}, {result['wall_s']:.1f} s"

@@ -20,6 +20,7 @@ import babel
 from babel import Locale
 from babel.core import get_cldr_version
 
+from configs.enums import Family
 from configs.errors import UserError
 from configs.schema import SuiteConfig
 from ledger.pages import render
@@ -47,10 +48,9 @@ Group = tuple[Item, ...]
 def agreement(lang: str) -> list[Group]:
     """Number agreement: "22" goes on as " petabajty", not as " petabajtów".
 
-    Two forms of a unit are asked in both directions, each with a number that demands it, so that preferring
-    one form whatever the number says scores exactly one half. Only forms that some whole number demands are
-    used. Hungarian has nothing to ask, since its nouns stay in the singular after numbers; Maltese has little,
-    since few units are translated in CLDR.
+    Two forms of a unit are asked in both directions, each with a number that demands it, so that preferring one form
+    whatever the number says scores exactly one half. Only forms that some whole number demands are used. Hungarian has
+    nothing to ask, since its nouns stay in the singular after numbers; Maltese has little, few units being translated.
     """
     locale, groups = _locale(lang), {}
     numbers: dict[str, list[int]] = {}
@@ -92,40 +92,32 @@ def countries(lang: str) -> list[Group]:
     return groups
 
 
-FAMILIES: dict[str, Callable[[str], list[Group]]] = {"agreement": agreement, "countries": countries}
-
-
-def require_families(suite: SuiteConfig) -> None:
-    """Raises `UserError` for a family that is not in `FAMILIES`."""
-    for family in sorted(set(suite.tasks) - FAMILIES.keys()):
-        raise UserError(f"suite.tasks has {family!r}", "families are in eval/suites.py", f"one of {sorted(FAMILIES)}")
+FAMILIES: dict[Family, Callable[[str], list[Group]]] = {Family.agreement: agreement, Family.countries: countries}
 
 
 def build_suite(suite: SuiteConfig, languages: Collection[str], root: Path) -> Path:
     """Writes the suite under `root`, if it is not there yet, and returns its folder.
 
-    Languages outside the 24 have no questions and are passed over. Raises `UserError` for a family that is
-    not in `FAMILIES`, and for families that have nothing to ask. Without families, the suite is empty.
+    Languages outside the 24 have no questions and are passed over. Raises `UserError` for families
+    that have nothing to ask. Without families, the suite is empty.
     """
-    require_families(suite)
     spoken = [lang for lang in LANGUAGES if lang in languages]
     found = {f"{family}_{lang}": FAMILIES[family](lang) for family in suite.tasks for lang in spoken}
     sizes = {name: sum(map(len, groups)) for name, groups in found.items()}
-    if suite.tasks and max(sizes.values(), default=0) < MIN_ITEMS:
-        asked = f"suite.tasks = {list(suite.tasks)} in {sorted(languages)}"
-        raise UserError(asked, "has no questions", f"languages of {LANGUAGES}")
+    asked = {name: groups for name, groups in found.items() if sizes[name] >= MIN_ITEMS}
+    if suite.tasks and not asked:
+        told = f"suite.tasks = {[*map(str, suite.tasks)]} in {sorted(languages)}"
+        raise UserError(told, "has no questions", f"languages of {LANGUAGES}")
     files: dict[str, bytes] = {}
-    tasks, left_out, template = {}, {}, Path(__file__).with_name("task.yaml.j2")
-    for name, groups in found.items():
-        if sizes[name] < MIN_ITEMS:
-            left_out[name] = sizes[name]
-            continue
+    tasks, template = {}, Path(__file__).with_name("task.yaml.j2")
+    for name, groups in asked.items():
         items = _drawn(name, groups, suite.max_items_per_language)
         lines = [json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items]
         files[f"{name}.jsonl"], files[f"{name}.yaml"] = "".join(lines).encode(), render(template, name=name).encode()
         tasks[name] = {"items": len(items), "items_found": sizes[name], "chance": 1 / len(items[0].choices)}
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] + b"\0" for name in sorted(files))).hexdigest()
     origin = f"CLDR {get_cldr_version()} through babel {babel.__version__}"
+    left_out = {name: size for name, size in sizes.items() if name not in asked}
     index = {"hash": digest, "origin": origin, "licence": "Unicode-3.0", "tasks": tasks, "left_out": left_out}
     files["suite.json"] = (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()
     files["LICENSE-CLDR.txt"] = (Path(babel.__file__).parent / "locale-data" / "LICENSE.unicode").read_bytes()

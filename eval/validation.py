@@ -1,10 +1,9 @@
 """Bits per byte of held-out documents, by language.
 
-One document is one request: documents are never concatenated, so none is context for another. A document is
-`[bos] + text + [eos]`. The text is scored and nothing else: P(first token | bos) counts, bos and the final
-eos do not, since the denominator is the bytes of the raw text. Bits per byte are sums over a language:
-nats / ln 2 / bytes. They can be compared over the checkpoints of one run and between models; between
-languages they mean little, since scripts differ in bytes a character.
+One document is one request: none is context for another. A document is `[bos] + text + [eos]`. The text is scored and
+nothing else: P(first token | bos) counts, bos and the final eos do not, since the denominator is the bytes of the raw
+text. Bits per byte are sums over a language: nats / ln 2 / bytes. They can be compared over the checkpoints of one run
+and between models; between languages they mean little, since scripts differ in bytes a character.
 """
 
 import math
@@ -60,11 +59,10 @@ def score_documents(
 ) -> list[DocumentScore]:
     """Scores this rank's share of the documents; `gather_scores` brings the shares together.
 
-    `logits_fn` takes tokens (batch, sequence) padded on the right and gives logits (batch, sequence, rows); it
-    has to be causal, and in evaluation mode. Documents longer than `seq_len` are read in windows of `seq_len`
-    that advance by half, so that every token but those of the first window has half a window of context at
-    least; later windows begin in mid-text, without bos. Documents are dealt out in order of length, which
-    gives ranks equal work and batches little padding.
+    `logits_fn` takes tokens (batch, sequence) padded on the right and gives logits (batch, sequence, rows); it is
+    causal, and in evaluation mode. Longer documents are read in windows of `seq_len` that advance by half, so that
+    every token but those of the first window has half a window of context at least; later windows begin in mid-text,
+    without bos. Documents are dealt out in order of length: ranks have equal work, batches little padding.
     """
     by_length = sorted(documents, key=lambda document: (-len(document.tokens), document.lang, document.id))
     shares = [_windows(by_length[r::world_size], seq_len) for r in range(world_size)]

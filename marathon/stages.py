@@ -34,10 +34,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     Raises `UserError` where the run has checkpoints and a setting that decides what they are has changed, or where it
     is not there and may not be new.
     """
-    from eval.suites import require_families  # only here: no rank pays for the tables of languages
-
     cfg = compose(overrides)
-    require_families(cfg.suite)
     folder = run_dir(cfg)
     frozen = folder / "config.yaml"
     if not is_new and not frozen.exists():

@@ -22,7 +22,6 @@ from model.weights import file_sha256, list_checkpoints, load_decoder, verify_fi
 from release.verify import expect, verify_in_fresh_process
 
 PROMPTS_PER_LANGUAGE = 2
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
@@ -49,12 +48,9 @@ def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
     weights = {name: sha256 for name, sha256 in sums.items() if name.endswith(".safetensors")}
     facts = {"path": str(final), "checkpoint": checkpoint.name, "checkpoint_sha256": checkpoint_sha256}
     Ledger(run_dir).append("release", **facts, weights=weights, verified=figures)
-    print(
-        f"released {checkpoint.name} as {final}\n"
-        f"verified in a fresh process: {figures['prompts']} prompts, token ids equal, greedy continuations equal, "
-        f"logits within {figures['max_logit_difference']:.1e}",
-        flush=True,
-    )
+    told = f"{figures['prompts']} prompts, token ids equal, greedy continuations equal, logits within"
+    print(f"released {checkpoint.name} as {final}")
+    print(f"verified in a fresh process: {told} {figures['max_logit_difference']:.1e}", flush=True)
 
 
 def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Path) -> None:
@@ -70,7 +66,7 @@ def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Pa
     # Written out, since what transformers derives by itself is marked as such and then changes with its version.
     generation = {name.replace("_", "_token_"): id_ for name, id_ in ids.items()} | {"do_sample": False}
     _write_json(folder / "generation_config.json", generation)
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(corpus_dir / "tokenizer" / name, folder / name)
 
 

@@ -67,6 +67,7 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["mixture.phases=[{from_tokens:9000000000}]"], "from 9000000000 tokens on", "before the run ends"),
         (["mixture.phases=[{rule:unimax}]"], "mixture.phases[0].from_tokens", "no default"),
         (["suite.max_items_per_language=1"], "max_items_per_language = 1", "standard error"),
+        (["suite.tasks=[agrement]"], "agrement", "agreement, countries"),
         (["log.wandb=online"], "log.wandb = online", "wandb sync"),
         (["cluster=lumi", "cluster.peak_tflops=0"], "peak_tflops", "vendor"),
         (["a b=c"], "a b=c", "correct the value"),

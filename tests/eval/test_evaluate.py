@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from configs.compose import compose
 from configs.errors import UserError
 from configs.schema import ModelConfig, RunConfig
-from eval.results import read_result, read_results, result_path, write_result
+from eval.results import read_results, write_result
 from eval.run import evaluate
 from ledger.record import Ledger
 from model.decoder import Decoder, init_weights
@@ -121,8 +121,12 @@ def test_only_what_has_changed_is_evaluated_again(cfg, run_dir, documents, token
     assert all(other_documents[step] != other_weights[step] for step in ("00", "60"))
     assert len(list((run_dir / "eval" / "earlier").iterdir())) == 3, "nothing that was measured is lost"
 
+    cfg.suite.max_items_per_language = 12
+    other_questions = written()
+    assert all(other_questions[step] != other_documents[step] for step in ("00", "60"))
+
     (run_dir / "ledger.jsonl").unlink()  # as if a kill had come between a result and its line
-    assert written() == other_documents
+    assert written() == other_questions
     assert len(list(Ledger(run_dir).read("evaluation"))) == 2
 
 
@@ -142,14 +146,8 @@ def test_what_cannot_be_evaluated_is_refused(cfg, run_dir, tmp_path, documents, 
 
 
 def test_result_is_whole_or_not_there(tmp_path):
-    path, identity = (
-        result_path(tmp_path, "step-000000120"),
-        {"model_sha256": "m", "suite_hash": "s", "corpus_hash": "c"},
-    )
-    assert read_result(path, **identity) is None
-    write_result(path, {"step": 120, **identity})
+    assert read_results(tmp_path) == []
+    write_result(tmp_path, {"checkpoint": "step-000000120", "step": 120})
     with pytest.raises(TypeError):
-        write_result(path, {"step": 121, "model_sha256": object()})
-    assert read_result(path, **identity) == read_results(tmp_path)[0]
-    assert read_result(path, **{**identity, "suite_hash": "other"}) is None
-    assert read_result(path)["step"] == 120
+        write_result(tmp_path, {"checkpoint": "step-000000120", "step": 121, "model_sha256": object()})
+    assert read_results(tmp_path) == [{"checkpoint": "step-000000120", "step": 120}]

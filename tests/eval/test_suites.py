@@ -153,14 +153,7 @@ def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("suite_config", "languages", "message"),
-    [
-        (SuiteConfig(tasks=["agrement"]), ["pl"], "agrement"),
-        (SuiteConfig(tasks=["agreement"]), ["hu"], "no questions"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(suite_config, languages, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        build_suite(suite_config, languages, tmp_path)
+def test_what_cannot_be_asked_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no questions"):
+        build_suite(SuiteConfig(tasks=["agreement"]), ["hu"], tmp_path)
     assert not list(tmp_path.iterdir())
