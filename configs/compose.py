@@ -36,8 +36,7 @@ NOTHING: tuple[Any, ...] = (None, "", [])
 
 def compose(overrides: list[str]) -> RunConfig:
     """Composes, checks and returns the config that `overrides` (Hydra's grammar) describe."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -52,8 +51,8 @@ def compose(overrides: list[str]) -> RunConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("configs", version_base="1.3"):
-            composed = hydra_compose("run", [o for o in overrides if o not in free])
+        with hydra.initialize_config_module("configs", version_base="1.3"):
+            composed = hydra.compose("run", [o for o in overrides if o not in free])
         for given in OverridesParser.create().parse_overrides(free):
             OmegaConf.update(composed, given.key_or_group, given.value(), merge=False, force_add=True)
     except (HydraException, OmegaConfBaseException) as error:

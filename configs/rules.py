@@ -39,12 +39,10 @@ class Section:
     def __post_init__(self) -> None:
         for setting in fields(self):
             name, value = f"{self.prefix}.{setting.name}", getattr(self, setting.name)
-            values = (
-                {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-            )
+            keyed = value if isinstance(value, dict) else {"": value}
             for rule in getattr(setting.type, "__metadata__", ()):
-                for where, each in values.items():
-                    require(rule.holds(each), f"{where} = {each}", rule.rule, rule.repair)
+                for key, each in keyed.items():
+                    require(rule.holds(each), f"{name}.{key}".rstrip(".") + f" = {each}", rule.rule, rule.repair)
 
 
 def require(holds: bool, found: str, rule: str, repair: str) -> None:

@@ -197,6 +197,7 @@ def map_paths(corpus: CorpusConfig, change: Callable[[str], str]) -> None:
 
 MAX_TASKS = 1000
 """Of an array: Slurm's MaxArraySize where a site sets none, less one."""
+ARRAY_SIZE = Rule(lambda n: 0 < n <= MAX_TASKS, "must be the size of a Slurm array", f"1 to {MAX_TASKS}")
 
 
 @dataclass
@@ -207,9 +208,7 @@ class TasksConfig(Section, prefix="tasks"):
     """local: processes on this machine; slurm: arrays of jobs, submitted from a login node."""
     workers: Annotated[int, Rule(lambda n: n >= 0, "cannot be negative", "0 for one a core")] = 0
     """local: processes at once; 0: one for each core."""
-    tasks: Annotated[
-        int, Rule(lambda n: 0 < n <= MAX_TASKS, "must be the size of a Slurm array", f"1 to {MAX_TASKS}")
-    ] = 64
+    tasks: Annotated[int, ARRAY_SIZE] = 64
     """slurm: jobs of an array; each does its share of the input files, languages or shards."""
     partition: str = ""
     """slurm: partition of nodes without accelerators."""

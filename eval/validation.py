@@ -7,7 +7,7 @@ and between models; between languages they mean little, since scripts differ in 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def score_documents(
     without bos. Documents are dealt out in order of length: ranks have equal work, batches little padding.
     """
     by_length = sorted(documents, key=lambda document: (-len(document.tokens), document.lang, document.id))
-    shares = [_windows(by_length[r::world_size], seq_len) for r in range(world_size)]
+    shares = [list(_windows(by_length[r::world_size], seq_len)) for r in range(world_size)]
     mine, most = by_length[rank::world_size], max(map(len, shares))
     nll_nats = np.zeros(len(mine))
     for start in range(0, most, batch_seqs):
@@ -113,16 +113,14 @@ def mean_bpb(by_lang: dict[str, Bpb]) -> float:
     return sum(entry.bpb for entry in by_lang.values()) / len(by_lang)
 
 
-def _windows(documents: Sequence[ValidDocument], seq_len: int) -> list[_Window]:
-    windows = []
+def _windows(documents: Sequence[ValidDocument], seq_len: int) -> Iterator[_Window]:
     for place, document in enumerate(documents):
         text, n_done, start = document.tokens[:-1], 0, 0
         while n_done < len(text) - 1:
             # seq_len tokens go in; one more is the target of the last of them.
-            windows.append((place, text[start : start + seq_len + 1], n_done - start))
+            yield place, text[start : start + seq_len + 1], n_done - start
             n_done = start + seq_len
             start += max(seq_len // 2, 1)
-    return windows
 
 
 def _score_batch(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_broken_rules_are_told_together():
             ]
         )
     assert str(error.value).count("rule:") == 3
+    told = pickle.loads(pickle.dumps(error.value))
+    assert (str(told), told.found) == (str(error.value), error.value.found), "a worker process tells all of it too"
 
 
 def test_a_hub_dataset_needs_its_commit():
