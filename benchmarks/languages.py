@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.text import LANGUAGES
 from configs.text import IdentifyConfig
 from data.files import find_files, read_lines
-from data.language import Identifier, identify, open_identifier
+from data.language import Guess, identify, open_identifier
 from data.quality import derive, quality, repair, save_thresholds
 from data.sources import Document
 
@@ -106,9 +106,9 @@ def tell_accuracy(truth: dict[range, Texts]) -> None:
         print(f"| {language} | " + " | ".join(column[language] for column in columns) + " |")
 
 
-def guess(texts: Texts, models: list[Identifier]) -> dict[str, list[tuple[str, str]]]:
+def guess(texts: Texts, models: list[Callable[[str], Guess]]) -> dict[str, list[tuple[str, str]]]:
     return {
-        language: [(primary(a), primary(b)) for a, b in ([m.identify(t).language for m in models] for t in members)]
+        language: [(primary(a), primary(b)) for a, b in ([m(t).language for m in models] for t in members)]
         for language, members in texts.items()
     }
 
@@ -180,7 +180,7 @@ def tell_in_language(documents: list[Document]) -> None:
     model, found, whole = open_identifier("lid176"), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for place, text in sorted({((d.lang, d.source), x) for d in documents for x in paragraphs(d)}):
         whole[place] += len(text)
-        found[place] += len(text) * (primary(model.identify(text).language) == primary(place[0]))
+        found[place] += len(text) * (primary(model(text).language) == primary(place[0]))
     origins = sorted({origin for _, origin in whole})
     print(f"\n| lang | {' | '.join(origins)} |\n|{'---|' * (len(origins) + 1)}")
     for language in LANGUAGES:
@@ -208,7 +208,7 @@ def reference(documents: Iterable[Document], min_documents: int = 500) -> dict[s
         if find(document) or primary(document.lang) != language:
             continue
         long = [*paragraphs(document)]
-        inside = sum(len(text) for text in long if primary(model.identify(text).language) == language)
+        inside = sum(len(text) for text in long if primary(model(text).language) == language)
         if inside >= 0.9 * sum(map(len, long)):
             found[language].append(document)
     return {language: members for language, members in found.items() if len(members) >= min_documents}

@@ -50,6 +50,16 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
             rule = "a hub dataset is named with its commit, since a branch can change under a run"
             yield UserError(found, rule, f"corpus.sources.{name}.hub_revision=<commit>, or a local copy as path")
 
+    sources = cfg.corpus.sources.values()
+    licences = {source.licence for source in sources}
+    unknown = [licence for licence in cfg.corpus.dedup.licence_order if licence not in licences]
+    if unknown and not any(source.licence_field for source in sources):
+        yield UserError(
+            f"corpus.dedup.licence_order has {', '.join(unknown)}, the sources have {', '.join(sorted(licences))}",
+            "an order of licences names those of the sources, or of their documents where they have a licence_field",
+            "licence_order with the licences of the sources as they are spelled there",
+        )
+
     if cfg.engine.precision is Precision.fp32 and cfg.engine.comm_precision is Precision.bf16:
         found = "engine.precision = fp32 with engine.comm_precision = bf16"
         rule = "gradients must not be rounded below the precision of the weights"

@@ -63,7 +63,7 @@ def compose(overrides: list[str]) -> RunConfig:
     for source in cfg.corpus.sources.values():
         if source.format is not SourceFormat.hub or os.path.exists(source.path):
             source.path = _absolute(source.path)
-    map_paths(cfg.corpus, lambda path: _absolute(path) if "/" in path else path)  # others are names of models
+    map_paths(cfg.corpus, _absolute)
     cfg.tokenizer.path = _absolute(cfg.tokenizer.path)
     cfg.cluster.scratch = os.path.abspath(cfg.cluster.scratch)
     check(cfg)

@@ -179,6 +179,10 @@ class CorpusConfig(Section, prefix="corpus"):
     """Share of a source's records that may be quarantined before the stage stops."""
 
 
+SHIPPED_MODELS = ("lid176", "langid")
+"""Names of models for `clean.identify` that come with the packages; all others are paths."""
+
+
 def map_paths(corpus: CorpusConfig, change: Callable[[str], str]) -> None:
     """Puts `change(path)` in place of every path of a list or model that decides about documents."""
     clean = corpus.clean
@@ -192,7 +196,8 @@ def map_paths(corpus: CorpusConfig, change: Callable[[str], str]) -> None:
     for section, names in sections:
         for name in names:
             value = getattr(section, name)
-            setattr(section, name, [*map(change, value)] if isinstance(value, list) else value and change(value))
+            if value not in SHIPPED_MODELS:
+                setattr(section, name, [*map(change, value)] if isinstance(value, list) else value and change(value))
 
 
 MAX_TASKS = 1000

@@ -5,6 +5,7 @@ in documents and bytes. Counts of parts add up to those of the whole, whatever t
 """
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Audit:
 
     def __init__(self, steps: Iterable[str] = ()) -> None:
         self.steps: dict[str, dict[str, Tally]] = {step: {} for step in steps}
-        self.records: dict[str, dict[str, int]] = {}
+        self.records: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By source: how many were `read`, and how many of them are no documents, by reason."""
 
     def tally(self, step: str, language: str) -> Tally:
@@ -69,12 +70,12 @@ class Audit:
 
     def count_record(self, source: str, language: str, n_bytes: int, reason: str = "") -> None:
         """Counts a record as read, and as bad where there is a reason."""
-        counts = self.records.setdefault(source, {READ: 0})
+        counts = self.records[source]
         counts[READ] += 1
         came = self.tally(READ, language).came
         came[0], came[1] = came[0] + 1, came[1] + n_bytes
         if reason:
-            counts[reason] = counts.get(reason, 0) + 1
+            counts[reason] += 1
 
     def move(self, step: str, before: tuple[str, int], after: tuple[str, int]) -> None:
         """Counts a document whose language or bytes a step has changed."""
@@ -95,26 +96,25 @@ class Audit:
                 ]
             flow = {lang: [*tally.left] for lang, tally in languages.items() if tally.left[0]}
 
-    def refuse_bad_share(self, source: str, max_bad_share: float) -> None:
-        """Raises `UserError` where more of a source is bad than the config allows."""
-        counts = self.records.get(source, {READ: 0})
-        n_read, bad = counts[READ], {reason: n for reason, n in counts.items() if reason != READ}
-        n_bad = sum(bad.values())
+    def refuse_bad_share(self, source: str, max_bad_share: float, units: Path | None = None) -> None:
+        """Raises `UserError` where more of a source is bad than the config allows; `units` holds what was rejected."""
+        bad = Counter(self.records.get(source))
+        n_read, n_bad = bad.pop(READ, 0), bad.total()
         if n_bad <= max_bad_share * n_read:
             return
-        told = ", ".join(f"{reason} {n}" for reason, n in sorted(bad.items(), key=lambda item: -item[1]))
         shown = [
-            {"reason": reason, **example}
+            f"\n    {json.dumps({'reason': reason, **example})}"
             for tally in self.steps[READ].values()
             for reason, examples in tally.examples.items()
             for example in examples
             if example["source"] == source
         ]
-        examples = "".join(f"\n    {json.dumps(example)}" for example in shown[:EXAMPLES])
+        told, examples = ", ".join(f"{reason} {n}" for reason, n in bad.most_common()), "".join(shown[:EXAMPLES])
+        repair = "correct text_field, lang_field or the files; or allow more with corpus.max_bad_share"
         raise UserError(
             f"corpus.sources.{source}: {n_bad} of {n_read} records are bad ({told}), for example{examples}",
-            f"corpus.max_bad_share = {max_bad_share}",
-            "correct text_field, lang_field or the files; or allow more with corpus.max_bad_share",
+            f"of the records of a source at most the share corpus.max_bad_share = {max_bad_share} may be bad",
+            f"{repair}; all that are bad stand in {units / source}/*/rejected.jsonl.zst" if units else repair,
         )
 
     def sums(self) -> dict[str, Any]:
@@ -137,26 +137,17 @@ class Audit:
         write_whole(path, json.dumps({"steps": steps, "records": self.records}, ensure_ascii=True, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Audit":
-        """Reads what `save` wrote."""
-        found, audit = json.loads(path.read_text(encoding="utf-8")), cls()
-        audit.records = found["records"]
-        for step, languages in found["steps"].items():
-            audit.steps[step] = {language: Tally(**tally) for language, tally in languages.items()}
-        return audit
-
-    @classmethod
-    def total(cls, parts: Iterable[Path]) -> "Audit":
-        """The sum over saved audits, in the order given."""
+    def load(cls, *paths: Path) -> "Audit":
+        """The sum of saved audits, in the order given."""
         whole = cls()
-        for part in map(cls.load, parts):
-            for step, languages in part.steps.items():
+        for path in paths:
+            part = json.loads(path.read_text(encoding="utf-8"))
+            for step, languages in part["steps"].items():
                 whole.steps.setdefault(step, {})
                 for language, tally in languages.items():
-                    whole.tally(step, language).add(tally)
-            for source, counts in part.records.items():
-                mine = whole.records.setdefault(source, {})
-                mine |= {reason: mine.get(reason, 0) + n for reason, n in counts.items()}
+                    whole.tally(step, language).add(Tally(**tally))
+            for source, counts in part["records"].items():
+                whole.records[source].update(counts)
         whole.follow()
         return whole
 

@@ -6,10 +6,9 @@ with step, reason and place; the audit counts both.
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,25 +28,16 @@ from data.sources import SPACE_MARK, Document, read_file, units
 
 FLUSH_CHARACTERS = 4_000_000
 """A row group of a language holds about so much text; memory is bound by so much for each language of a unit."""
-EXCERPT_CHARACTERS = 200
 EARLY_STOP_RECORDS = 10_000
 """A source that is bad throughout stops after so many bad records, not after a day of writing them down."""
 
 MATCHES = ".matches.npy"
 """Beside a file of documents: rows that hold what evaluations ask (data/decontaminate.py)."""
 
+_TEXT, _SCORE = pa.large_string(), pa.float32()
 SCHEMA = pa.schema(
-    {
-        "id": pa.large_string(),
-        "text": pa.large_string(),
-        "n_bytes": pa.int64(),
-        "licence": pa.large_string(),
-        "url": pa.large_string(),
-        "location": pa.large_string(),
-        "lang_score": pa.float32(),
-        "lang_second": pa.large_string(),
-        "quality": pa.float32(),
-    }
+    {"id": _TEXT, "text": _TEXT, "n_bytes": pa.int64(), "licence": _TEXT, "url": _TEXT, "location": _TEXT}
+    | {"lang_score": _SCORE, "lang_second": _TEXT, "quality": _SCORE}
 )
 
 Cleaning = tuple[str, Callable[[Document], str]]
@@ -78,74 +68,57 @@ def derive_thresholds(cfg: RunConfig, path: Path, command: str) -> None:
             for document in read_file(name, source, file, cfg.cluster.online):
                 if not document.problem and not any(step(document) for _, step in steps):
                     found.setdefault(document.lang, []).append(document)
-    enough = {lang: members for lang, members in found.items() if len(members) >= quality.MIN_DOCUMENTS}
-    for lang in sorted(found.keys() - enough.keys()):
-        print(f"{lang}: {len(found[lang])} documents are too few, no limits", flush=True)
     lines = [command, *(f"{name}: {source.origin}" for name, source in cfg.corpus.sources.items())]
-    quality.save_thresholds(quality.derive(enough), path, lines)
+    quality.save_thresholds(quality.derive(found), path, lines)
 
 
-class UnitWriter:
-    """Writes what became of the documents of one unit into a folder."""
-
-    def __init__(self, folder: Path, cfg: CorpusConfig, questions: Ngrams | None) -> None:
-        self._folder, self._cfg, self._questions = folder, cfg, questions
-        self._groups: dict[str, _Group] = {}
-        self._rejected = io.TextIOWrapper(zstandard.open(folder / "rejected.jsonl.zst", "wb"), encoding="ascii")
-
-    def reject(self, step: str, reason: str, document: Document) -> dict[str, str]:
-        """Writes down that a document, or a record that is none, was left out; returns where it is, as an example."""
-        place = {
-            "source": document.source,
-            "id": document.id,
-            "location": document.location,
-            "excerpt": document.text[:EXCERPT_CHARACTERS].encode("utf-8", "backslashreplace").decode(),
-        }
-        self._rejected.write(json.dumps({"step": step, "reason": reason, **place}) + "\n")
-        return place
-
-    def add(self, document: Document, content: bytes) -> None:
-        """Keeps a document; `content` is its text as UTF-8."""
-        name = f"{document.lang}.{split_of(document, self._cfg.holdout)}"
-        if (group := self._groups.get(name)) is None:
-            group = self._groups[name] = _Group(self._folder / name, self._cfg.dedup, self._questions)
-        group.add(document, content)
-
-    def close(self, audit: Audit) -> None:
-        """Completes all files."""
-        for group in self._groups.values():
-            group.close()
-        self._rejected.close()
-        audit.save(self._folder / "audit.json")
-
-
-def clean_unit(documents: Iterator[Document], steps: list[Cleaning], writer: UnitWriter, max_bad_share: float) -> None:
-    """Takes the documents and bad records of one unit through the steps, and completes the unit."""
+def clean_unit(
+    documents: Iterable[Document], steps: list[Cleaning], folder: Path, cfg: CorpusConfig, questions: Ngrams | None
+) -> None:
+    """Takes the documents and bad records of one unit through the steps, and writes what they become to a folder."""
     audit, n_bad = Audit([READ, *(name for name, _ in steps)]), 0
-    for document in documents:
-        name, reason = READ, document.problem
-        content = _utf8(document.text)
-        audit.count_record(document.source, document.lang, len(content), reason)
+    groups: dict[str, _Group] = {}
+    with io.TextIOWrapper(zstandard.open(folder / "rejected.jsonl.zst", "wb"), encoding="ascii") as rejected:
+        for document in documents:
+            step, reason, content = _apply(steps, document, audit)
+            if reason:
+                place = {
+                    "source": document.source,
+                    "id": document.id,
+                    "location": document.location,
+                    "excerpt": document.text[:200].encode("utf-8", "backslashreplace").decode(),
+                }
+                rejected.write(json.dumps({"step": step, "reason": reason, **place}) + "\n")
+                audit.tally(step, document.lang).reject(reason, 1, len(content), [place])
+                n_bad += step == READ
+                if step == READ and n_bad % EARLY_STOP_RECORDS == 0:
+                    audit.refuse_bad_share(document.source, cfg.max_bad_share)
+            else:
+                name = f"{document.lang}.{split_of(document, cfg.holdout)}"
+                if name not in groups:
+                    groups[name] = _Group(folder / name, cfg.dedup, questions)
+                groups[name].add(document, content)
+    for group in groups.values():
+        group.close()
+    audit.save(folder / "audit.json")
+
+
+def _apply(steps: list[Cleaning], document: Document, audit: Audit) -> tuple[str, str, bytes]:
+    """Which step rejects a document and why, both empty where none does; and its text as UTF-8."""
+    content = _utf8(document.text)
+    audit.count_record(document.source, document.lang, len(content), document.problem)
+    if document.problem:
+        return READ, document.problem, content
+    for name, step in steps:
+        lang, text = document.lang, document.text
+        reason = step(document)
+        if document.text is not text or document.lang != lang:
+            before, content = len(content), _utf8(document.text)
+            audit.move(name, (lang, before), (document.lang, len(content)))
+            audit.tally(name, document.lang).changed += document.text is not text
         if reason:
-            n_bad += 1
-            if n_bad % EARLY_STOP_RECORDS == 0:
-                audit.refuse_bad_share(document.source, max_bad_share)
-        else:
-            for name, step in steps:
-                lang, text = document.lang, document.text
-                reason = step(document)
-                if document.text is not text or document.lang != lang:
-                    before, content = len(content), _utf8(document.text)
-                    audit.move(name, (lang, before), (document.lang, len(content)))
-                    audit.tally(name, document.lang).changed += document.text is not text
-                if reason:
-                    break
-        if reason:
-            place = writer.reject(name, reason, document)
-            audit.tally(name, document.lang).reject(reason, 1, len(content), [place])
-        else:
-            writer.add(document, content)
-    writer.close(audit)
+            return name, reason, content
+    return "", "", content
 
 
 class _Group:
@@ -178,22 +151,16 @@ class _Group:
             write_columns(Path(f"{self._stem}{MATCHES}"), self._matches)
 
     def _flush(self) -> None:
-        found: dict[str, list[Any]] = {
-            name: [getattr(document, name) for document in self._documents]
-            for name in ("id", "text", "licence", "url", "location", "lang_second", "lang_score", "quality")
-        }
-        texts, source = found["text"], self._documents[0].source
-        self._hashes.append(document_hashes(source, found["id"], found["licence"], texts, self._cfg))
+        told = {name: [getattr(d, name) for d in self._documents] for name in SCHEMA.names if name != "n_bytes"}
+        texts, source = told.pop("text"), self._documents[0].source
+        self._hashes.append(document_hashes(source, told["id"], told["licence"], texts, self._cfg))
         if self._questions:
             self._matches.append(self._questions.match(texts, self._n_written))
         self._n_written += len(texts)
-        columns = {
-            name: numbers(np.array(values, np.float32)) if name in ("lang_score", "quality") else strings(values)
-            for name, values in found.items()
-            if name != "text"
-        }
-        columns |= {"text": utf8(self._contents), "n_bytes": numbers(np.fromiter(map(len, self._contents), np.int64))}
+        columns = {"text": utf8(self._contents), "n_bytes": numbers(np.fromiter(map(len, self._contents), np.int64))}
         columns["text"].validate(full=True)
+        for name, values in told.items():
+            columns[name] = strings(values) if isinstance(values[0], str) else numbers(np.array(values, np.float32))
         self._parquet.write_table(pa.table([columns[name] for name in SCHEMA.names], SCHEMA))
         self._documents, self._contents, self._n_characters = [], [], 0
 

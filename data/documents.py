@@ -34,12 +34,12 @@ from configs.schema import RunConfig
 from configs.text import map_paths
 from data import rights
 from data.audit import EXAMPLES, READ, Audit, write_page
-from data.cleaning import MATCHES, Cleaning, UnitWriter, clean_unit, cleaning
+from data.cleaning import MATCHES, Cleaning, clean_unit, cleaning
 from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
 from data.dedup import Copies, count_rows, find_copies, find_repeated_ids
 from data.engine import Step, whole
-from data.files import find_files, sha256_cached, write_whole
+from data.files import InputFile, find_list, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
 from data.sources import read_file, source_files, units
 from data.store import ALIKE, COMPLETE, DROPPED, QUESTIONS, REPEATED, SEARCHED, Store, StoredFile, stored_file
@@ -90,15 +90,14 @@ class Documents:
     def refuse_bad_share(self, audit: Audit) -> None:
         """Raises `UserError` where more of a source is bad than the config allows."""
         for source in self.cfg.sources:
-            audit.refuse_bad_share(source, self.cfg.max_bad_share)
+            audit.refuse_bad_share(source, self.cfg.max_bad_share, self.store.root / "units")
 
     def _clean(self, unit: str) -> None:
         name, number = unit.split("/")
         with _beside(self.store.work / "units" / unit) as folder:
-            writer = UnitWriter(folder, self.cfg, self._questions())
             documents = read_file(name, self.cfg.sources[name], self._files[name][int(number)], self._online)
             steps = _CLEANING.get(self.key) or _CLEANING.setdefault(self.key, cleaning(self.cfg))
-            clean_unit(documents, steps, writer, self.cfg.max_bad_share)
+            clean_unit(documents, steps, folder, self.cfg, self._questions())
 
     def _compare_ids(self, source: str) -> None:
         files = self._hash_files(source=source)
@@ -171,12 +170,13 @@ class Documents:
         parts = [self.store.work / "units" / unit / "audit.json" for unit in self.store.units]
         parts += [self.store.work / "dropped" / f"{lang}.json" for lang in self.store.languages()]
         parts += [self.store.work / "questions.audit.json"] if self.cfg.decontaminate.against else []
-        audit = Audit.total(parts)
+        audit = Audit.load(*parts)
         self.refuse_bad_share(audit)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
         title, told = "What became of every document", {"documents": self.store.folder.name}
         write_page(audit, title, told, self.store.work / "audit.html")
+        opt_outs = rights.list_facts(self.cfg.clean.opt_out)
         facts = {
             "sources": {
                 name: {
@@ -190,8 +190,8 @@ class Documents:
             },
             "steps": audit.sums(),
             "lists": [
-                *({"file": Path(path).name, "sha256": known} for path, known in self._lists.items()),
-                *(facts._asdict() for facts in rights.list_facts(self.cfg.clean.opt_out)),
+                {"file": Path(path).name, "sha256": known, **opt_outs.get(path, {})}
+                for path, known in self._lists.items()
             ],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -222,11 +222,9 @@ class Documents:
 
     def _find_list(self, path: str, cache: Path) -> str:
         """The real path of a list or model, whose hash is noted."""
-        if "/" not in path:
-            return path  # a model that comes with a package
-        (file,) = find_files(path, ("",))
-        self._lists[str(file.path)] = sha256_cached([file], cache)[file.name]
-        return str(file.path)
+        file = find_list(path)
+        self._lists[str(file)] = sha256_cached([InputFile(file, "")], cache)[""]
+        return str(file)
 
     def _key(self) -> str:
         cfg = copy.deepcopy(self.cfg)

@@ -75,6 +75,17 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     return [InputFile(p, p.relative_to(root).as_posix()) for p in sorted(set(found))]
 
 
+def find_list(path: str) -> Path:
+    """The file of a list or model that decides about documents; raises `UserError` where it is not just one."""
+    try:
+        (file,) = find_files(path, ("",))
+    except (UserError, ValueError) as error:
+        found = error.found if isinstance(error, UserError) else f"{path}: several files"
+        rule = "lists and models are files: a list of opt-outs has a domain, an address or an id in each line"
+        raise UserError(found, rule, "name a file that can be read; docs/corpus.md tells what is in it") from None
+    return file.path
+
+
 def read_blocks(path: Path) -> Iterator[bytes]:
     """Content in blocks of up to 1 MiB, decompressed by suffix; raises `UserError` where it is damaged or cut off."""
     with readable(str(path)), path.open("rb", buffering=BLOCK_BYTES) as file:

@@ -34,31 +34,23 @@ class ValidDocument:
     tokens: NDArray[Any]
 
 
-class ValidDocuments:
-    """Held-out documents of a prepared corpus by language, for bits per byte.
+def valid_documents(corpus_dir: Path) -> list[ValidDocument]:
+    """Held-out documents of a prepared corpus, language by language, for bits per byte.
 
-    At most `corpus.holdout.max_docs_per_language`, the first by the hash of their id.
+    At most `corpus.holdout.max_docs_per_language` of each, the first by the hash of their id, in its order.
     """
-
-    def __init__(self, corpus_dir: Path) -> None:
-        self._dir, self._manifest = corpus_dir, Manifest.load(corpus_dir)
-        self.languages = self._manifest.languages(VALID)
-
-    def read_all(self) -> list[ValidDocument]:
-        """Documents of all languages, language by language."""
-        return [document for language in self.languages for document in self.read(language)]
-
-    def read(self, language: str) -> list[ValidDocument]:
-        """Documents of one language, sorted by the hash of their id."""
+    manifest, documents = Manifest.load(corpus_dir), []
+    for language in manifest.languages(VALID):
         found = []
-        for entry in self._manifest.shards_of(language, VALID):
-            shard = Shard(self._dir / entry.stem)
-            for row, (doc_id, n_bytes) in enumerate(read_sidecar(self._dir / entry.stem, "id", "n_bytes")):
+        for entry in manifest.shards_of(language, VALID):
+            shard = Shard(corpus_dir / entry.stem)
+            for row, (doc_id, n_bytes) in enumerate(read_sidecar(corpus_dir / entry.stem, "id", "n_bytes")):
                 if n_bytes:  # a removed document has none
                     found.append(ValidDocument(doc_id, language, entry.source, n_bytes, shard.document(row)))
         found.sort(key=lambda document: (rank_of(document.id), document.id))
-        chosen = found[: self._manifest.max_valid_docs_per_language]
-        return [replace(document, tokens=document.tokens.astype(np.int64)) for document in chosen]
+        chosen = found[: manifest.max_valid_docs_per_language]
+        documents += [replace(document, tokens=document.tokens.astype(np.int64)) for document in chosen]
+    return documents
 
 
 def rank_of(doc_id: str) -> int:

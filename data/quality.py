@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from configs.errors import UserError
-from data.files import find_files, write_whole
+from data.files import find_list, write_whole
 from data.language import open_fasttext
 from data.sources import SPACE_MARK, Document
 
@@ -74,13 +74,13 @@ def quality(thresholds: str) -> Callable[[Document], str]:
 
 def scorer(model_path: str, min_quality: float, label: str = "__label__hq") -> Callable[[Document], str]:
     """Step that sets `quality` to the probability of `label` by a fastText classifier; rejects with `low_quality`."""
-    classify = open_fasttext(model_path)
-    if label not in (labels := sorted(name for name, _ in classify("", -1))):
+    classify = open_fasttext(model_path, -1)
+    if label not in (labels := sorted(name for name, _ in classify(""))):
         rule = "the label whose probability is the quality is one of the classifier's"
         raise UserError(f"{model_path} has no label {label}", rule, f"one of {', '.join(labels[:10])}")
 
     def step(document: Document) -> str:
-        document.quality = min(dict(classify(document.text, -1)).get(label, 0.0), 1.0)
+        document.quality = min(dict(classify(document.text)).get(label, 0.0), 1.0)
         return "" if document.quality >= min_quality else "low_quality"
 
     return step
@@ -129,25 +129,25 @@ def measure(document: Document, stop_words: Sequence[str]) -> dict[str, float]:
 
 
 def derive(documents: Mapping[str, Sequence[Document]], min_documents: int = MIN_DOCUMENTS) -> dict[str, Limits]:
-    """Limits and stop words from reference text by language; raises `UserError` where a language has too little.
+    """Limits and stop words from reference text by language; a language that has too little is named, and left out.
 
     A limit leaves `TAIL` of the documents beyond it, within `BOUNDS`. Stop words are the most frequent ones that make
     `MIN_STOP_WORD_SHARE` of the words of every source: a word of one subject is frequent in some sources only.
     """
-    for language, members in documents.items():
-        if len(members) < min_documents:
-            found = f"{len(members)} documents of reference text in {language}"
-            repair = "more reference text, or leave this language out: it is not filtered then"
-            raise UserError(found, f"limits from fewer than {min_documents} documents would be chance", repair)
-    return {language: _limits(members) for language, members in sorted(documents.items())}
+    found = {}
+    for language, members in sorted(documents.items()):
+        if len(members) >= min_documents:
+            found[language] = _limits(members)
+        else:
+            print(f"{language}: {len(members)} documents are too few, no limits", flush=True)
+    return found
 
 
 def read_thresholds(path: str) -> dict[str, Limits]:
     """Limits by language from a YAML as `save_thresholds` writes it; raises `UserError`."""
-    file = find_files(path, (".yaml",))[0].path
     rule = "by language: documents, stop_words, and limits as {heuristic: [lowest, highest]}"
     try:
-        found = {language: Limits(**entry) for language, entry in yaml.safe_load(file.read_bytes()).items()}
+        found = {language: Limits(**entry) for language, entry in yaml.safe_load(find_list(path).read_bytes()).items()}
         names = {name for entry in found.values() for name, (_, _) in entry.limits.items()}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}", rule, "derive it again, or correct it") from None

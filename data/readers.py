@@ -20,9 +20,6 @@ from data import files
 from data.files import InputFile, damaged, read_lines, readable
 from data.shards import MAGIC, mapped
 
-PARQUET_ROWS = 128
-"""Rows decoded together, fewer where they are long."""
-
 PROBLEMS: dict[type[Exception], str] = {
     UnicodeDecodeError: "invalid_utf8",
     UnicodeEncodeError: "lone_surrogate",
@@ -56,13 +53,12 @@ def read_text(source: SourceConfig, file: InputFile) -> Iterator[Record]:
     """The file is one record."""
     with readable(str(file.path)), file.path.open("rb") as handle:
         content = handle.read(files.MAX_RECORD_BYTES + 1)
-    if len(content) > files.MAX_RECORD_BYTES:
-        yield Record(file.name, show(content), "text_too_long")
-        return
     try:
+        if len(content) > files.MAX_RECORD_BYTES:
+            raise OverflowError
         yield Record(file.name, {source.text_field: content.decode("utf-8-sig")})
-    except UnicodeDecodeError:
-        yield Record(file.name, show(content), "invalid_utf8")
+    except (UnicodeDecodeError, OverflowError) as error:
+        yield Record(file.name, show(content), PROBLEMS[type(error)])
 
 
 def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
@@ -79,8 +75,8 @@ def read_parquet(source: SourceConfig, file: InputFile) -> Iterator[Record]:
             for group in range(table.num_row_groups):
                 facts = table.metadata.row_group(group)
                 bytes_per_row = facts.total_byte_size // max(facts.num_rows, 1) + 1
-                rows_at_a_time = min(max(files.MAX_RECORD_BYTES // bytes_per_row, 1), PARQUET_ROWS)
-                for batch in table.iter_batches(rows_at_a_time, [group]):
+                n_together = min(max(files.MAX_RECORD_BYTES // bytes_per_row, 1), 128)  # fewer where rows are long
+                for batch in table.iter_batches(n_together, [group]):
                     for value, problem in _rows(batch):
                         row += 1
                         yield Record(f"{file.name}:{row}", value, problem)
@@ -196,11 +192,9 @@ def _token_documents(path: Path) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
 def _load_tokenizer(path: str) -> Any:
     import sentencepiece
 
-    with readable(path):
-        content = Path(path).read_bytes()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
+        return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except (OSError, RuntimeError) as error:
         rule = "tokens of a megatron source are decoded with the sentencepiece model that made them"
         repair = "corpus.sources.NAME.tokenizer=PATH of that tokenizer.model"
         raise UserError(f"{path}: {error}", rule, repair) from None

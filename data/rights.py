@@ -7,15 +7,15 @@ everything, as does one whose robots.txt is none; of several for one host the ne
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import orjson
 from protego import Protego
 
 from configs.errors import UserError
 from configs.text import OptOutConfig
-from data.files import InputFile, find_files, read_lines, sha256
+from data.files import find_list, read_lines
 from data.sources import Document
 from data.warc import Robots, read_robots
 
@@ -27,25 +27,15 @@ _parse = lru_cache(maxsize=4096)(Protego.parse)
 _SITEMAP_OR_COMMENT = re.compile(r"^[ \t]*(?:#|sitemap).*\n?", re.IGNORECASE | re.MULTILINE)
 
 
-class ListFacts(NamedTuple):
-    """What the manifest tells of a list: its newest date, entries, and how many could not be read."""
-
-    file: str
-    sha256: str
-    date: str
-    n_entries: int
-    n_unreadable: int
-
-
 def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
     """Step that rejects with `opted_out_id`, `opted_out_domain` or `opted_out_robots`; `UserError` for a bad list."""
-    ids = {entry for file in _files(cfg.ids) for entry in _lines(file)}
-    addresses = {_address(file, entry) for file in _files(cfg.domains) for entry in _lines(file)}
+    ids = {entry for path in cfg.ids for entry in _lines(path)}
+    addresses = {_address(path, entry) for path in cfg.domains for entry in _lines(path)}
     domains = {host for host, rest in addresses if rest in ("", "/")}
     beginnings: dict[str, list[str]] = {}
     for host, rest in addresses:
         beginnings.setdefault(host, []).append(rest or "/")
-    rules, agents = _rules(tuple(cfg.robots)), tuple(cfg.agents)
+    rules = _rules(cfg.robots)
 
     def step(document: Document) -> str:
         if document.id in ids:
@@ -55,23 +45,24 @@ def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
             return "opted_out_domain"
         if host in rules:
             with suppress(ValueError):  # of an address that is none
-                if not all(_parse(rules[host]).can_fetch(f"http://{host}{rest}", agent) for agent in agents):
+                if not all(_parse(rules[host]).can_fetch(f"http://{host}{rest}", agent) for agent in cfg.agents):
                     return "opted_out_robots"
         return ""
 
     return step
 
 
-def list_facts(cfg: OptOutConfig) -> list[ListFacts]:
-    """What is to be told of each list of the config, read for that; a date is one in a comment, or of a robots.txt."""
-    facts = []
-    for file in _files([*cfg.domains, *cfg.ids]):
-        date, n_entries = _newest(_lines(file, comments=True)), sum(1 for _ in _lines(file))
-        facts.append(ListFacts(file.name, sha256(file.path), date, n_entries, 0))
-    for file in _files(cfg.robots):
-        dates = [robots and robots.date for robots in _robots(file)]
-        n_bad = dates.count(None)
-        facts.append(ListFacts(file.name, sha256(file.path), _newest(filter(None, dates)), len(dates) - n_bad, n_bad))
+def list_facts(cfg: OptOutConfig) -> dict[str, dict[str, Any]]:
+    """What is to be told of each list by its path: its newest date, its entries, and how many cannot be read.
+
+    The date is one in a comment, or of a robots.txt.
+    """
+    facts = {}
+    for path in [*cfg.domains, *cfg.ids]:
+        facts[path] = _facts(_lines(path, comments=True), sum(1 for _ in _lines(path)), 0)
+    for path in cfg.robots:
+        dates = [robots and robots.date for robots in _robots(path)]
+        facts[path] = _facts(filter(None, dates), len(dates) - dates.count(None), dates.count(None))
     return facts
 
 
@@ -85,30 +76,27 @@ def split_address(url: str) -> tuple[str, str]:
         return host, rest
 
 
-def _files(paths: Iterable[str]) -> list[InputFile]:
-    return [file for path in paths for file in find_files(path, ("",))]
-
-
-def _lines(file: InputFile, comments: bool = False) -> Iterator[str]:
+def _lines(path: str, comments: bool = False) -> Iterator[str]:
     """Entries of a list, or its comments."""
-    for line in read_lines(file.path):
+    for line in read_lines(find_list(path)):
         try:
             text = line.decode().strip()
         except UnicodeDecodeError:
-            raise UserError(f"{file.path}: {line[:100]!r}", "a list is text in UTF-8", "write it so") from None
+            raise UserError(f"{path}: {line[:100]!r}", "a list is text in UTF-8", "write it so") from None
         if text and text.startswith("#") == comments:
             yield text
 
 
-def _newest(texts: Iterable[str]) -> str:
-    return max((date for text in texts for date in _DATE.findall(text)), default="GAP: no date in it")
+def _facts(dated: Iterable[str], n_entries: int, n_unreadable: int) -> dict[str, Any]:
+    date = max((date for text in dated for date in _DATE.findall(text)), default="GAP: no date in it")
+    return {"date": date, "n_entries": n_entries, "n_unreadable": n_unreadable}
 
 
-def _address(file: InputFile, entry: str) -> tuple[str, str]:
+def _address(path: str, entry: str) -> tuple[str, str]:
     host, rest = split_address(entry.partition("#")[0].rstrip().removeprefix("*."))
     if not host or " " in host:
         rule = "a list of opt-outs has a domain or the beginning of an address in each line"
-        raise UserError(f"{file.path}: {entry!r}", rule, "example.org, or https://example.org/blog/")
+        raise UserError(f"{path}: {entry!r}", rule, "example.org, or https://example.org/blog/")
     return host, rest
 
 
@@ -118,12 +106,11 @@ def _is_within(host: str, domains: set[str]) -> bool:
     return bool(host)
 
 
-@cache  # a step is built for every file that is read, in processes that live on
-def _rules(paths: tuple[str, ...]) -> dict[str, str]:
+def _rules(paths: Iterable[str]) -> dict[str, str]:
     """The newest robots.txt of each host, those that permit everything left out; equal ones are kept once."""
     newest: dict[str, tuple[str, str]] = {}
     shared: dict[str, str] = {}
-    for robots in filter(None, (robots for file in _files(paths) for robots in _robots(file))):
+    for robots in filter(None, (robots for path in paths for robots in _robots(path))):
         rules = ""
         if _DISALLOWS.search(robots.text):
             rules = _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff"))
@@ -132,10 +119,11 @@ def _rules(paths: tuple[str, ...]) -> dict[str, str]:
     return {host: rules for host, (_, rules) in newest.items() if rules}
 
 
-def _robots(file: InputFile) -> Iterator[Robots | None]:
+def _robots(path: str) -> Iterator[Robots | None]:
     """What a file tells of robots.txt; None for an entry that is none."""
+    file = find_list(path)
     is_archive = re.search(r"\.warc(\.gz|\.zst)?$", file.name)
-    found = read_robots(file.path) if is_archive else map(_decode, filter(bytes.strip, read_lines(file.path)))
+    found = read_robots(file) if is_archive else map(_decode, filter(bytes.strip, read_lines(file)))
     for robots in found:
         # Many servers answer with a page for whatever is asked.
         yield None if robots and robots.text.lstrip().startswith("<") else robots

@@ -56,7 +56,7 @@ def units(source: SourceConfig) -> list[InputFile]:
     """What is read for itself, in order: files of a source, or the split of a hub source, which is one."""
     if source.format is SourceFormat.hub:
         return [InputFile(Path(source.path), f"{source.hub_config or 'default'}/{source.hub_split}")]
-    return find_files(source.path, _SUFFIXES[source.format])
+    return find_files(source.path, READERS[source.format][1])
 
 
 def source_files(source: SourceConfig) -> list[InputFile]:
@@ -82,13 +82,24 @@ def read_file(name: str, source: SourceConfig, file: InputFile, online: bool = F
             f"on a login node: hf download --repo-type dataset {source.path} --revision {source.hub_revision} "
             "--local-dir DIR; then path=DIR. Or prepare the corpus there with cluster.online=true",
         )
-    for record in READERS[source.format](source, file):
-        if problem := record.problem or _problem(record.value, source):
-            text = record.value.get(source.text_field) if isinstance(record.value, dict) else record.value
-            shown = text if isinstance(text, str) else _SHORT.repr(record.value)
-            yield Document(record.location, "", shown, name, record.location, {}, problem=problem)
+    read, _ = READERS[source.format]
+    for location, value, problem in read(source, file):
+        if problem := problem or _problem(value, source):
+            text = value.get(source.text_field) if isinstance(value, dict) else value
+            shown = text if isinstance(text, str) else _SHORT.repr(value)
+            yield Document(location, "", shown, name, location, {}, problem=problem)
         else:
-            yield _document(name, source, record)
+            text, given_id = value.pop(source.text_field), value.get(source.id_field)
+            yield Document(
+                id=location if given_id is None or given_id == "" else str(given_id),
+                lang=source.lang or value[source.lang_field],
+                text=text,
+                source=name,
+                location=location,
+                fields=value,
+                licence=(source.licence_field and value.get(source.licence_field)) or source.licence,
+                url=value.get(source.url_field) or "",
+            )
 
 
 def _problem(value: Any, source: SourceConfig) -> str:
@@ -117,46 +128,20 @@ def _problem(value: Any, source: SourceConfig) -> str:
     return ""
 
 
-@lru_cache
-def _is_language(code: str) -> bool:
-    return LANGUAGE.fullmatch(code) is not None
-
-
-def _document(name: str, source: SourceConfig, record: Record) -> Document:
-    fields = record.value
-    text, given_id = fields.pop(source.text_field), fields.get(source.id_field)
-    return Document(
-        id=record.location if given_id is None or given_id == "" else str(given_id),
-        lang=source.lang or fields[source.lang_field],
-        text=text,
-        source=name,
-        location=record.location,
-        fields=fields,
-        licence=(source.licence_field and fields.get(source.licence_field)) or source.licence,
-        url=fields.get(source.url_field) or "",
-    )
-
-
 def _is_local(path: str) -> bool:
     return path.startswith("/") or os.path.isdir(path)
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+_is_language = lru_cache(LANGUAGE.fullmatch)
 
-_SUFFIXES = {
-    SourceFormat.jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
-    SourceFormat.parquet: (".parquet",),
-    SourceFormat.text: (".txt",),
-    SourceFormat.warc: tuple(f".{kind}{packing}" for kind in ("warc", "wet") for packing in ("", ".gz", ".zst")),
-    SourceFormat.megatron: (".bin",),
+READERS: dict[SourceFormat, tuple[Callable[[SourceConfig, InputFile], Iterator[Record]], tuple[str, ...]]] = {
+    SourceFormat.jsonl: (readers.read_jsonl, files.JSONL),
+    SourceFormat.parquet: (readers.read_parquet, (".parquet",)),
+    SourceFormat.text: (readers.read_text, (".txt",)),
+    SourceFormat.warc: (warc.read_warc, warc.SUFFIXES),
+    SourceFormat.megatron: (readers.read_megatron, (".bin",)),
+    SourceFormat.hub: (readers.read_hub, ("",)),
 }
-
-READERS: dict[SourceFormat, Callable[[SourceConfig, InputFile], Iterator[Record]]] = {
-    SourceFormat.jsonl: readers.read_jsonl,
-    SourceFormat.parquet: readers.read_parquet,
-    SourceFormat.text: readers.read_text,
-    SourceFormat.warc: warc.read_warc,
-    SourceFormat.megatron: readers.read_megatron,
-    SourceFormat.hub: readers.read_hub,
-}
+"""By format its reader, and how names of its files end in a folder."""

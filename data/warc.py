@@ -21,6 +21,7 @@ from data import files
 from data.files import InputFile, read_blocks
 from data.readers import PROBLEMS, Record, show
 
+SUFFIXES = tuple(f".{kind}{packing}" for kind in ("warc", "wet") for packing in ("", ".gz", ".zst"))
 MAX_HEADER_BYTES = 1 << 15
 MAX_ROBOTS_BYTES = 500 << 10
 """Crawlers need not read more of a robots.txt (RFC 9309)."""

@@ -165,10 +165,10 @@ def run_stage(stage: str, cfg: RunConfig, run_dir: Path) -> list[Path] | None:
         status = run(cfg, run_dir, corpus["path"])
         return None if status else [run_dir / CHECKPOINTS / f"step-{cfg.train.steps:09d}" / "manifest.json"]
     if stage == "eval":
-        from data.heldout import ValidDocuments
+        from data.heldout import valid_documents
         from eval.run import evaluate
 
-        documents, tokenizer_dir = ValidDocuments(corpus["path"]).read_all(), corpus["path"] / "tokenizer"
+        documents, tokenizer_dir = valid_documents(corpus["path"]), corpus["path"] / "tokenizer"
         evaluate(cfg, run_dir, documents=documents, tokenizer_dir=tokenizer_dir, corpus_hash=corpus["corpus_hash"])
         return sorted((run_dir / "eval").glob("step-*.json"))
     from release.run import release

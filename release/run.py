@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from sentencepiece import SentencePieceProcessor
 
 from configs.enums import Precision
 from configs.schema import RunConfig
-from data.heldout import ValidDocuments
+from data.heldout import valid_documents
 from data.manifest import Manifest
 from eval.results import read_results
 from ledger.pages import render
@@ -86,9 +88,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _prompts(corpus_dir: Path) -> list[tuple[str, list[int]]]:
     """Held-out texts of every language with their ids by sentencepiece, which knows nothing of the export."""
     pieces = SentencePieceProcessor(model_file=str(corpus_dir / "tokenizer" / "tokenizer.model"))
-    held_out, prompts = ValidDocuments(corpus_dir), []
-    for language in held_out.languages:
-        for document in held_out.read(language)[:PROMPTS_PER_LANGUAGE]:
+    prompts = []
+    for _, documents in groupby(valid_documents(corpus_dir), key=attrgetter("lang")):
+        for document in islice(documents, PROMPTS_PER_LANGUAGE):
             text = pieces.decode(document.tokens[1:-1].tolist())
             prompts.append((text, [pieces.bos_id(), *pieces.encode(text)]))
     return prompts

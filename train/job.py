@@ -7,7 +7,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data import manifest as corpus
-from data.heldout import ValidDocuments
+from data.heldout import valid_documents
 from data.loader import Samples
 from data.manifest import TRAIN, Manifest
 from data.mixture import plan_phases
@@ -66,7 +66,7 @@ class Job:
         self.engine = Engine(decoder, cfg, rank)
         self.metrics = Metrics(run_dir, cfg, rank, found.step)
         self.samples = Samples(corpus_dir, self.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
-        self.held_out = ValidDocuments(corpus_dir).read_all()
+        self.held_out = valid_documents(corpus_dir)
         self.flops_per_token = flops_per_token(cfg.model, self.vocab_rows, cfg.train.seq_len)
         self.peak_flops = peak_flops(cfg, rank)
         keep = cfg.train.keep_checkpoints, cfg.train.keep_every_steps

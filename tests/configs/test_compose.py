@@ -70,6 +70,11 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["suite.max_items_per_language=1"], "max_items_per_language = 1", "standard error"),
         (["suite.tasks=[agrement]"], "agrement", "agreement, countries"),
         (["log.wandb=online"], "log.wandb = online", "wandb sync"),
+        (
+            ["corpus.dedup.licence_order=[MIT]"],
+            "licence_order has MIT, the sources have LicenseRef-UDHR",
+            "licence_field",
+        ),
         (["cluster=lumi", "cluster.peak_tflops=0"], "peak_tflops", "vendor"),
         (["a b=c"], "a b=c", "correct the value"),
     ],
@@ -107,6 +112,11 @@ def test_a_hub_dataset_needs_its_commit():
     with pytest.raises(UserError, match="hub_revision"):
         compose(["experiment=smoke", *hub])
     compose(["experiment=smoke", *hub, "corpus.sources.udhr.hub_revision=abc"])
+
+
+def test_an_order_of_licences_may_name_those_that_documents_have():
+    order = ["experiment=smoke", "corpus.dedup.licence_order=[MIT,LicenseRef-UDHR]"]
+    assert compose([*order, "corpus.sources.udhr.licence_field=rights"]).corpus.dedup.licence_order[0] == "MIT"
 
 
 def test_names_of_languages_and_sources_need_no_plus_sign():
@@ -158,7 +168,9 @@ def test_an_experiment_wins_over_the_root_and_the_command_line_over_both():
 def test_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()
-    cfg = compose(["experiment=smoke", "corpus.sources.udhr.path=mine.jsonl", "cluster.scratch=here"])
+    lists = ["corpus.clean.opt_out.ids=[ids.txt]", "corpus.clean.identify.model=lid176"]
+    cfg = compose(["experiment=smoke", "corpus.sources.udhr.path=mine.jsonl", "cluster.scratch=here", *lists])
+    assert cfg.corpus.clean.opt_out.ids == [str(tmp_path / "ids.txt")] and cfg.corpus.clean.identify.model == "lid176"
     assert cfg.corpus.sources["udhr"].path == str(tmp_path / "mine.jsonl")
     assert cfg.cluster.scratch == str(tmp_path / "here")
     assert compose(["experiment=smoke"]).corpus.sources["udhr"].path.startswith("package:")

@@ -52,7 +52,7 @@ def test_parts_add_up_to_the_whole_wherever_it_is_cut(tmp_path: Path, events: li
         paths.append(tmp_path / f"{k}.json")
         told(events[first:end], first).save(paths[-1])
     told(events).save(tmp_path / "whole.json")
-    Audit.total(paths).save(tmp_path / "sum.json")
+    Audit.load(*paths).save(tmp_path / "sum.json")
     assert json.loads((tmp_path / "sum.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
 
 
@@ -80,7 +80,7 @@ def test_the_first_examples_are_kept_and_the_language_may_be_unknown() -> None:
     assert audit.steps["read"][UNKNOWN].rejected == {"bad": [5, 25]}
 
 
-def test_a_source_that_is_bad_is_refused_with_examples_of_its_own() -> None:
+def test_a_source_that_is_bad_is_refused_with_examples_of_its_own(tmp_path: Path) -> None:
     bad: list[Event] = [("a", "read", "", "", 1), ("b", "read", "", "", 1), ("b", "read", "", "", 1)]
     audit = told([*bad, *[("b", "", "de", "de", 1)] * 6, ("a", "", "de", "de", 1)])
     audit.refuse_bad_share("b", 0.25)  # exactly so many
@@ -90,7 +90,10 @@ def test_a_source_that_is_bad_is_refused_with_examples_of_its_own() -> None:
         audit.refuse_bad_share("b", 0.249)
     assert "corpus.sources.b: 2 of 8 records are bad (bad 2)" in error.value.found
     assert '"excerpt": "text 1"' in error.value.found and '"excerpt": "text 0"' not in error.value.found
-    assert error.value.rule == "corpus.max_bad_share = 0.249"
+    assert "at most the share corpus.max_bad_share = 0.249 may be bad" in error.value.rule
+    with pytest.raises(UserError) as error:
+        audit.refuse_bad_share("b", 0.249, tmp_path)
+    assert f"{tmp_path}/b/*/rejected.jsonl.zst" in error.value.repair
 
 
 def test_rejections_of_later_steps_are_no_bad_records() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,8 +16,9 @@ from configs.schema import RunConfig
 from configs.text import CleanConfig, CorpusConfig, IdentifyConfig, OptOutConfig, TokenizerConfig
 from data import cleaning as module
 from data.audit import Audit
-from data.cleaning import Cleaning, UnitWriter, clean_unit, cleaning
+from data.cleaning import Cleaning, clean_unit, cleaning
 from data.documents import Documents
+from data.files import sha256
 from data.manifest import Manifest
 from data.pipeline import prepare
 from data.sources import Document
@@ -40,10 +42,9 @@ def rows_in(unit: Path) -> dict[str, list[dict[str, Any]]]:
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(unit.glob("*.parquet"))}
 
 
-def clean(folder: Path, documents: list[Document], steps: list[Cleaning], cfg: CorpusConfig, share: float = 1) -> Audit:
+def clean(folder: Path, documents: list[Document], steps: list[Cleaning], cfg: CorpusConfig) -> Audit:
     folder.mkdir(parents=True)
-    writer = UnitWriter(folder, cfg, None)
-    clean_unit(iter(documents), steps, writer, share)
+    clean_unit(documents, steps, folder, dataclasses.replace(cfg, max_bad_share=1.0), None)
     return Audit.load(folder / "audit.json")
 
 
@@ -130,8 +131,9 @@ def test_a_source_that_is_bad_throughout_stops_early(
             n_read += 1
             yield document(n_read, "", "{", "not_json")
 
+    cfg = dataclasses.replace(smoke_config.corpus, max_bad_share=0.5)
     with pytest.raises(UserError, match="10 of 10 records are bad"):
-        clean_unit(endless(), [], UnitWriter(tmp_path, smoke_config.corpus, None), 0.5)
+        clean_unit(endless(), [], tmp_path, cfg, None)
     assert n_read == 10
 
 
@@ -174,7 +176,15 @@ def test_steps_run_in_the_order_of_the_config(make_config: Callable[..., RunConf
     of_units = Audit.load(unit / "audit.json")
     require_conserved(of_units, rejected, len(kept))
     assert Manifest.load(folder).steps == audit.sums()
-    assert {entry["file"] for entry in Manifest.load(folder).lists} >= {"ids.txt", "thresholds.yaml"}
+    ids, limits = sorted(Manifest.load(folder).lists, key=lambda entry: str(entry["file"]))
+    assert ids == {
+        "file": "ids.txt",
+        "sha256": sha256(tmp_path / "ids.txt"),
+        "date": "GAP: no date in it",
+        "n_entries": 1,
+        "n_unreadable": 0,
+    }
+    assert limits.keys() == {"file", "sha256"} and limits["file"] == "thresholds.yaml"
 
 
 def test_nothing_is_done_that_is_not_asked_for(make_config: Callable[..., RunConfig]) -> None:

@@ -166,3 +166,29 @@ def test_text_of_evaluations_is_marked_or_left_out(
     ids = {row[0] for s in folder.shards for row in read_sidecar(corpus_dir(cfg) / s.stem, "id")}
     assert ({"q0", "q1"} & ids == set()) is remove and len(ids) == (40 if remove else 42)
     assert folder.steps["questions"]["rejected"].keys() == {"evaluation_text" if remove else "evaluation_text_kept"}
+
+
+@pytest.mark.parametrize("given", ["example.com", "example.com/blog", "lists", "*.txt"])
+def test_a_list_of_opt_outs_that_is_no_file_is_told_as_one(
+    make_config: Callable[..., RunConfig], tmp_path: Path, given: str
+) -> None:
+    (tmp_path / "lists").mkdir()
+    for name in ("lists/a", "lists/b", "a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    cfg = make_config(documents(3))
+    cfg.corpus.clean.opt_out.domains = [f"{tmp_path}/{given}" if given in ("lists", "*.txt") else given]
+    with pytest.raises(UserError, match="lists and models are files") as told:
+        corpus_key(cfg)
+    assert given in told.value.found and "docs/corpus.md" in told.value.repair
+
+
+def test_a_list_that_is_named_without_a_folder_decides_by_what_it_holds(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg, keys = make_config(documents(3)), set()
+    for content in ("a\n", "bc\n"):
+        Path("ids.txt").write_text(content)
+        cfg.corpus.clean.opt_out.ids = ["ids.txt"]
+        keys.add(corpus_key(cfg))
+    assert len(keys) == 2

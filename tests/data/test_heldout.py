@@ -1,3 +1,6 @@
+import dataclasses
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -5,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.text import HoldoutConfig
-from data.heldout import ValidDocuments, split_of
-from data.manifest import Manifest
+from data.heldout import split_of, valid_documents
+from data.manifest import VALID, Manifest
 from data.sources import Document
 from data.tokenizer import Encoder
 
@@ -35,21 +38,21 @@ def test_a_share_is_about_that_share(share: float) -> None:
 
 
 def test_held_out_documents_come_back_whole(corpus: Path) -> None:
-    valid, encoder = ValidDocuments(corpus), Encoder(corpus / "tokenizer")
-    assert len(valid.languages) == 24
-    documents = valid.read("el")
+    valid, encoder = valid_documents(corpus), Encoder(corpus / "tokenizer")
+    assert [*dict.fromkeys(d.lang for d in valid)] == Manifest.load(corpus).languages(VALID)
+    documents = [d for d in valid if d.lang == "el"]
     assert sorted(d.id for d in documents) == sorted(f"udhr/el/{article}" for article in (4, 9, 13, 18, 22, 26))
     for found in documents:
         ids = found.tokens.tolist()
         assert (ids[0], ids[-1], found.lang, found.source) == (1, 2, "el", "udhr")
         assert len(encoder.decode(ids[1:-1]).encode()) == found.n_bytes
-    assert len(valid.read_all()) == 24 * 6
-    assert {d.id for d in valid.read_all() if d.lang == "el"} == {d.id for d in documents}
+    assert len(valid) == 24 * 6
 
 
 def test_no_more_than_the_config_allows_and_always_the_same(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [d.id for d in ValidDocuments(corpus).read("mt")]
-    limited = ValidDocuments(corpus)
-    object.__setattr__(limited._manifest, "max_valid_docs_per_language", 2)
-    assert [d.id for d in limited.read("mt")] == whole[:2]
-    assert Manifest.load(corpus).max_valid_docs_per_language == 1000
+    whole, manifest = valid_documents(corpus), Manifest.load(corpus)
+    assert manifest.max_valid_docs_per_language == 1000
+    limited = dataclasses.replace(manifest, max_valid_docs_per_language=2)
+    monkeypatch.setattr(Manifest, "load", lambda folder: limited)
+    expected = [d.id for _, of_one in groupby(whole, key=attrgetter("lang")) for d in islice(of_one, 2)]
+    assert [d.id for d in valid_documents(corpus)] == expected and len(expected) == 24 * 2

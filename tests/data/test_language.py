@@ -84,7 +84,7 @@ def test_labels_of_all_models_become_the_same_codes(label: str, code: str) -> No
 @pytest.mark.parametrize(("model", "least"), [("lid176", 0.97), ("langid", 0.96)])
 def test_the_shipped_models_tell_the_official_languages_apart(model: str, least: float) -> None:
     texts, model_of = declaration(), open_identifier(model)
-    found = {lang: [model_of.identify(t).language == lang for t in texts[lang][1:]] for lang in OFFICIAL}
+    found = {lang: [model_of(t).language == lang for t in texts[lang][1:]] for lang in OFFICIAL}
     assert sum(map(sum, found.values())) / sum(map(len, found.values())) > least
     assert {lang for lang, hits in found.items() if sum(hits) < 0.9 * len(hits)} <= {"hr"}
 
@@ -92,21 +92,21 @@ def test_the_shipped_models_tell_the_official_languages_apart(model: str, least:
 @pytest.mark.parametrize("model", ["lid176", "langid"])
 def test_line_breaks_and_nothing_at_all_are_no_trouble(model: str) -> None:
     found = open_identifier(model)
-    assert found.identify(GERMAN.replace(" ", "\n")).language == "de"
-    assert found.identify(f"\0\n{GERMAN}\0").language == "de"
-    assert 0 <= found.identify("\n").score < 0.5
+    assert found(GERMAN.replace(" ", "\n")).language == "de"
+    assert found(f"\0\n{GERMAN}\0").language == "de"
+    assert 0 <= found("\n").score < 0.5
 
 
 @given(st.text(max_size=300))
 def test_any_text_has_a_guess_with_a_probability(text: str) -> None:
-    guess = open_identifier("lid176").identify(text)
+    guess = open_identifier("lid176")(text)
     assert 0 <= guess.score <= 1
     assert guess.language == bcp47(guess.language) != guess.second
 
 
 def test_a_long_text_is_judged_by_more_than_its_beginning() -> None:
     head = (ENGLISH * 100)[: SAMPLE_CHARACTERS // 3]
-    assert open_identifier("lid176").identify(head + FINNISH * 1000).language == "fi"
+    assert open_identifier("lid176")(head + FINNISH * 1000).language == "fi"
 
 
 @pytest.mark.parametrize(

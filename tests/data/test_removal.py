@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.text import TokenizerConfig
 from data.files import sha256
-from data.heldout import ValidDocuments
+from data.heldout import valid_documents
 from data.loader import Batch, Samples, _open_shard
 from data.manifest import Manifest, verify, verify_files
 from data.order import CYCLE, Phase
@@ -220,7 +220,7 @@ def test_a_removed_document_does_not_come_back(make_config: Callable[..., RunCon
     gone = [doc_id for (doc_id,) in read_sidecar(folder / entry.stem, "id")][1:4]
     remove_documents(folder, gone, "asked")
     assert prepare(cfg) == folder and Manifest.load(folder).removed
-    assert not {document.id for document in ValidDocuments(folder).read("de")} & {"", *gone}
+    assert not {document.id for document in valid_documents(folder)} & {"", *gone}
     cfg.tokenizer = TokenizerConfig(vocab_size=320, character_coverage=1.0)
     other = prepare(cfg)
     assert other is not None and other != folder
