@@ -91,9 +91,7 @@ class Audit:
                 tally = self.tally(step, lang)
                 gone = [sum(pair[i] for pair in tally.rejected.values()) for i in (0, 1)]
                 tally.came = flow.get(lang, [0, 0])
-                tally.left = [
-                    came + moved - out for came, moved, out in zip(tally.came, tally.moved, gone, strict=True)
-                ]
+                tally.left = [tally.came[i] + tally.moved[i] - gone[i] for i in (0, 1)]
             flow = {lang: [*tally.left] for lang, tally in languages.items() if tally.left[0]}
 
     def refuse_bad_share(self, source: str, max_bad_share: float, units: Path | None = None) -> None:

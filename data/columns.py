@@ -10,20 +10,14 @@ from numpy.typing import NDArray
 
 def strings(texts: Sequence[str]) -> Any:
     """A column of texts."""
-    content, lengths = "".join(texts).encode(), [*map(len, texts)]
-    if len(content) > sum(lengths):  # else each character is one byte
-        lengths = [len(text.encode()) for text in texts]
-    return _strings(content, lengths)
+    return utf8([text.encode() for text in texts])
 
 
 def utf8(contents: Sequence[bytes]) -> Any:
     """A column of texts that are UTF-8 already."""
-    return _strings(b"".join(contents), [*map(len, contents)])
-
-
-def _strings(content: bytes, lengths: list[int]) -> Any:
-    buffers = [None, pa.py_buffer(np.cumsum([0, *lengths])), pa.py_buffer(content)]
-    return pa.Array.from_buffers(pa.large_string(), len(lengths), buffers)
+    ends = np.cumsum([0, *map(len, contents)])
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(contents))]
+    return pa.Array.from_buffers(pa.large_string(), len(contents), buffers)
 
 
 def numbers(values: NDArray[Any]) -> Any:

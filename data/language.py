@@ -8,7 +8,6 @@ nothing is downloaded.
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 from babel.core import get_global
@@ -94,8 +93,7 @@ def open_fasttext(path: str, n_labels: int) -> Callable[[str], list[tuple[str, f
         model = fasttext.load_model(path)
     except ValueError as error:
         rule = "a model is lid176, langid, or the path of a classifier that fastText can open (.bin or .ftz)"
-        repair = "correct the path" if not Path(path).exists() else "bring the model here again"
-        raise UserError(str(error), rule, repair) from None
+        raise UserError(str(error), rule, "correct the path, or bring the model here again") from None
 
     def classify(text: str) -> list[tuple[str, float]]:
         # A line is what fastText predicts for; a NUL would end the text for it.

@@ -21,9 +21,6 @@ from data import files, readers, warc
 from data.files import InputFile, find_files
 from data.readers import Record
 
-LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
-"""BCP-47 in outline, or FLORES codes such as deu_Latn. It becomes part of a file name, so nothing else may pass."""
-
 SPACE_MARK = "\u2581"
 """How sentencepiece writes a space inside; text that holds it would come back as a space."""
 
@@ -134,7 +131,8 @@ def _is_local(path: str) -> bool:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
-_is_language = lru_cache(LANGUAGE.fullmatch)
+# BCP-47 in outline, or FLORES codes such as deu_Latn. It becomes part of a file name, so nothing else may pass.
+_is_language = lru_cache(re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*").fullmatch)
 
 READERS: dict[SourceFormat, tuple[Callable[[SourceConfig, InputFile], Iterator[Record]], tuple[str, ...]]] = {
     SourceFormat.jsonl: (readers.read_jsonl, files.JSONL),
