@@ -49,8 +49,9 @@ def test_bad_records_are_counted_in_the_manifest_and_told(
     assert [a["location"] for a in aside] == [f"source.jsonl:{n}" for n in (51, 52, 53)]
     assert "left out by read: contains_u2581 1, not_json 1, text_empty 1" in capsys.readouterr().out
     cfg.corpus.max_bad_share = 0.01
-    with pytest.raises(UserError, match="3 of 53 records are bad"):
+    with pytest.raises(UserError, match="3 of 53 records are bad") as told:
         prepare(cfg)
+    assert f"{documents_dir(cfg)}/units/small/*/rejected.jsonl.zst" in told.value.repair
     assert corpus_dir(cfg) == folder, "a limit decides about no document"
 
 
