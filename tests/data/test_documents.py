@@ -179,7 +179,7 @@ def test_a_list_of_opt_outs_that_is_no_file_is_told_as_one(
     cfg = make_config(documents(3))
     cfg.corpus.clean.opt_out.domains = [f"{tmp_path}/{given}" if given in ("lists", "*.txt") else given]
     with pytest.raises(UserError, match="lists and models are files") as told:
-        corpus_key(cfg)
+        corpus_dir(cfg)
     assert given in told.value.found and "docs/corpus.md" in told.value.repair
 
 
@@ -191,5 +191,5 @@ def test_a_list_that_is_named_without_a_folder_decides_by_what_it_holds(
     for content in ("a\n", "bc\n"):
         Path("ids.txt").write_text(content)
         cfg.corpus.clean.opt_out.ids = ["ids.txt"]
-        keys.add(corpus_key(cfg))
+        keys.add(corpus_dir(cfg))
     assert len(keys) == 2
