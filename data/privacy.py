@@ -24,7 +24,7 @@ from data.sources import Document
 Spans = Iterator[tuple[int, int]]
 """Where items begin and end in a text."""
 
-_TABLE: dict[str, Any] = yaml.load(Path(__file__).with_suffix(".yaml").read_bytes(), yaml.CSafeLoader)
+_TABLE: dict[str, Any] = yaml.CSafeLoader(Path(__file__).with_suffix(".yaml").read_bytes()).get_single_data()
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _TABLE["patterns"].items()}
 
 
