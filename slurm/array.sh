@@ -16,6 +16,7 @@ done
 use_container singularity exec "${places[@]}"
 export PYTHONPATH=$MARATHON_HOME PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1                      # the cores of a job
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # as data/engine.py: warm_up
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # compute nodes have no internet
 say "job $SLURM_JOB_ID, task ${SLURM_ARRAY_TASK_ID:-0}, $(date -Is)"
 
