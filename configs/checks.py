@@ -32,10 +32,12 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
         repair = f"schedule.warmup_steps={steps // 10}, or more train.tokens"
         yield UserError(found, "the warm-up has to end before the decay begins", repair)
 
-    late = [phase.from_tokens for phase in cfg.mixture.phases if phase.from_tokens >= cfg.train.tokens]
+    tokens = steps * cfg.train.tokens_per_step
+    late = [phase.from_tokens for phase in cfg.mixture.phases if phase.from_tokens > tokens - cfg.train.seq_len]
     if late:
-        found = f"mixture.phases from {late[0]} tokens on, train.tokens = {cfg.train.tokens}"
-        repair = f"train.tokens above {late[-1]}, or 'mixture.phases=[]'"
+        found = f"mixture.phases from {late[0]} tokens on, of {tokens} that {steps} steps take"
+        enough = -(-(late[-1] + cfg.train.seq_len) // cfg.train.tokens_per_step) * cfg.train.tokens_per_step
+        repair = f"train.tokens={enough} or more, or 'mixture.phases=[]'"
         yield UserError(found, "a phase begins before the run ends", repair)
 
     if not cfg.corpus.holdout.by_field and cfg.corpus.holdout.share <= 0:

@@ -169,7 +169,8 @@ def _readable(error: Exception, overrides: list[str]) -> UserError:
         return UserError(f"unknown setting {name!r} in: {given}", rule, repair)
     first, *rest = [line.strip() for line in str(root).strip().splitlines()] or [type(error).__name__]
     where = next((line.removeprefix("full_key: ") for line in rest if line.startswith("full_key: ")), given)
-    return UserError(f"{where}: {first}", f"the value must fit its field in {SCHEMA}", "correct the value")
+    repair = f"a list, in brackets: {where.split('=')[0]}=[…]" if "not a ListConfig" in first else "correct the value"
+    return UserError(f"{where}: {first}", f"the value must fit its field in {SCHEMA}", repair)
 
 
 def _one_of(group: str) -> str:

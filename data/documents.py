@@ -64,7 +64,7 @@ class Documents:
         self._files = {name: units(source) for name, source in self.cfg.sources.items()}
         self.inputs = {name: sha256_cached(source_files(cfg), cache) for name, cfg in self.cfg.sources.items()}
         """Hashes of the input files, by source and name; a hub id is known by its revision."""
-        self._lists: dict[str, str] = {}
+        self.lists: dict[str, str] = {}
         """Hashes of the lists and models that decide about documents, by their path."""
         map_paths(self.cfg, lambda path: self._find_list(path, cache))
         self.key = self._key()
@@ -191,7 +191,7 @@ class Documents:
             "steps": audit.sums(),
             "lists": [
                 {"file": Path(path).name, "sha256": known, **opt_outs.get(path, {})}
-                for path, known in self._lists.items()
+                for path, known in self.lists.items()
             ],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -223,12 +223,12 @@ class Documents:
     def _find_list(self, path: str, cache: Path) -> str:
         """The real path of a list or model, whose hash is noted."""
         file = find_list(path)
-        self._lists[str(file)] = sha256_cached([InputFile(file, "")], cache)[""]
+        self.lists[str(file)] = sha256_cached([InputFile(file, "")], cache)[""]
         return str(file)
 
     def _key(self) -> str:
         cfg = copy.deepcopy(self.cfg)
-        map_paths(cfg, lambda path: self._lists.get(path, path))
+        map_paths(cfg, lambda path: self.lists.get(path, path))
         corpus = dataclasses.asdict(cfg)
         del corpus["shard_bytes"], corpus["max_bad_share"]  # neither decides about a document
         for name, source in corpus["sources"].items():

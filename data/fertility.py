@@ -106,7 +106,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     n_used, share = report["entries_in_use"], report["single_language_share"]
     lines += [
         f"tokens per word, and in brackets relative to {report['reference']} for the same content, on {report['text']}",
-        f"{n_used:,} of {report['vocab_size']:,} entries in use, {share:.0%} of these by one language alone; "
+        f"{n_used:,} of {report['vocab_size']:,} entries in use by it, {share:.0%} of these by one language alone; "
         f"{report['dead']:,} that their own text does not lead to",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report["warnings"])])

@@ -69,6 +69,16 @@ def prepare(cfg: RunConfig) -> Path | None:
     return corpus.folder
 
 
+def changed_inputs(cfg: RunConfig, manifest: Manifest) -> list[str]:
+    """Files of sources, and lists and models, that hold something else than when a corpus was made of them."""
+    documents = Documents(cfg)
+    before = {f"{name}/{file}": h for name, source in manifest.sources.items() for file, h in source["files"].items()}
+    now = {f"{name}/{file}": known for name, files in documents.inputs.items() for file, known in files.items()}
+    before |= {entry["file"]: entry["sha256"] for entry in manifest.lists}
+    now |= {Path(path).name: known for path, known in documents.lists.items()}
+    return sorted(file for file in before | now if before.get(file) != now.get(file))
+
+
 def corpus_dir(cfg: RunConfig) -> Path:
     """Where `prepare` puts the corpus of this config, whether it is there yet or not.
 

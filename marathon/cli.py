@@ -119,9 +119,12 @@ def data(arguments: list[str]) -> Answer:
     run_dir, ids = choices.run_folder(given["run"]), given["ids"].split(",")
     if given["ids"].startswith("@"):
         ids = Path(given["ids"][1:]).read_text(encoding="utf-8").splitlines()
-    shards = remove_documents(prepared_corpus(run_dir)["path"], filter(None, ids), given["reason"])
-    Ledger(run_dir).append("documents_removed", reason=given["reason"], shards=shards)
-    return f"removed from {len(shards)} shards: {', '.join(shards)}\nin corpus.clean.opt_out.ids they stay out for ever"
+    ids = sorted(filter(None, ids))
+    if not (shards := remove_documents(prepared_corpus(run_dir)["path"], ids, given["reason"])):
+        return "they have been removed before"
+    Ledger(run_dir).append("documents_removed", reason=given["reason"], documents=len(ids), shards=shards)
+    kept_out = "a corpus prepared anew has them again, unless a list of corpus.clean.opt_out.ids names them"
+    return f"removed from {len(shards)} shards: {', '.join(shards)}\n{kept_out}"
 
 
 def trace(arguments: list[str]) -> str:

@@ -100,6 +100,7 @@ class RunFiles:
         self.ledger = list(Ledger(run_dir).read())
         # What the last freezing, change and start of training found, the later before the earlier.
         self.settled = self.last("frozen") | self.last("changed") | self.last("train_start")
+        self.n_removed = sum(record.get("documents", 0) for record in self.events("documents_removed"))
         audit = f"../../corpora/{self.last('corpus').get('documents_folder')}/audit.html"
         self.audit = audit if (run_dir / audit).is_file() else ""
         self.checkpoints = list({record["name"]: record for record in self.events("checkpoint")}.values())

@@ -98,18 +98,29 @@ def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
-    from data.pipeline import corpus_dir
+    from data.manifest import Manifest
+    from data.pipeline import changed_inputs, corpus_dir
 
+    # A run with checkpoints keeps the settings of its corpus, and so what was prepared from them.
+    record = Ledger(run_dir).last("stage", stage="data")
+    kept = record["inputs"] if record and _manifests(run_dir) and is_done("data", record["inputs"], run_dir) else None
     try:
         packing = f"fit-{cfg.train.seq_len}" if cfg.mixture.packing is Packing.best_fit else "concat"
-        return {"corpus_key": corpus_dir(cfg).name, "packing": packing}
+        inputs = {"corpus_key": corpus_dir(cfg).name, "packing": packing}
     except UserError:
-        # The sources may have stayed on another machine. A run with checkpoints keeps the settings of its corpus, so
-        # what was prepared from them still is what is asked for.
-        record = Ledger(run_dir).last("stage", stage="data")
-        if record is None or not _manifests(run_dir) or not is_done("data", record["inputs"], run_dir):
+        if kept is None:
             raise
-        return record["inputs"]
+        return kept  # the sources may have stayed on another machine
+    if kept is None or kept["corpus_key"] == inputs["corpus_key"]:
+        return inputs
+    if changed := changed_inputs(cfg, Manifest.load(prepared_corpus(run_dir)["path"])):
+        raise UserError(
+            f"not as it was when {run_dir.name} began: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}",
+            "a run with checkpoints keeps the corpus that they were trained on",
+            "put back what was there, or name=… begins a new run; "
+            f"`marathon data remove run={run_dir.name} ids=… reason=…` takes documents out of this one",
+        )
+    return kept  # this version of Marathon would prepare the same anew
 
 
 def _manifests(run_dir: Path) -> list[Path]:

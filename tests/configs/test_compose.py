@@ -66,6 +66,10 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["mixture.sources={udhr:-1}"], "mixture.sources.udhr = -1", "not negative"),
         (["mixture.phases=[{from_tokens:9},{from_tokens:9}]"], "begin at [9, 9] tokens", "after the one before"),
         (["mixture.phases=[{from_tokens:9000000000}]"], "from 9000000000 tokens on", "before the run ends"),
+        # 100 steps of 4,096 tokens: what train.tokens has beyond them is not trained on.
+        (["mixture.phases=[{from_tokens:409500}]", "train.tokens=409700"], "of 409600", "train.tokens=413696"),
+        (["mixture.phases=[{from_tokens:409600}]", "train.tokens=409700"], "of 409600", "train.tokens=413696"),
+        (["corpus.clean.opt_out.ids=/a/list.txt"], "not a ListConfig", "corpus.clean.opt_out.ids=[…]"),
         (["mixture.phases=[{rule:unimax}]"], "mixture.phases[0].from_tokens", "no default"),
         (["suite.max_items_per_language=1"], "max_items_per_language = 1", "standard error"),
         (["suite.tasks=[agrement]"], "agrement", "agreement, countries"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from configs.compose import load
+from configs.errors import UserError
+from data.files import PACKAGE_ROOT
 from ledger.record import Ledger
+from marathon.stages import inputs_of
 from model.weights import list_checkpoints, load_decoder, read_manifest
 from tests.marathon.conftest import SMALL
 
@@ -158,6 +163,23 @@ def test_settings_that_decide_the_weights_stay_as_they_began(finished, marathon)
     assert "optim.lr: 0.004 -> 0.001" in output
     assert "name=whole-2" in output
     assert "Traceback" not in output
+
+
+def test_a_run_that_has_begun_keeps_the_content_of_its_corpus(finished, tmp_path):
+    """Settings are the same; the file says something else. Elsewhere, or read by another version, it is the same."""
+    run_dir, _ = finished
+    cfg, sample = load(run_dir / "config.yaml"), PACKAGE_ROOT / "data" / "samples" / "udhr-europe.jsonl.zst"
+    before = inputs_of("data", cfg, run_dir)
+    copied = Path(shutil.copy(sample, tmp_path))
+    cfg.corpus.sources["udhr"].path = str(copied)
+    assert inputs_of("data", cfg, run_dir) == before
+    with copied.open("ab") as file:
+        file.write(zstandard.compress(b'{"id": "new", "lang": "de", "article": 1, "text": "Noch ein Text."}\n'))
+    with pytest.raises(UserError, match=r"udhr/udhr-europe\.jsonl\.zst") as told:
+        inputs_of("data", cfg, run_dir)
+    assert "marathon data remove run=whole" in str(told.value)
+    copied.write_bytes(sample.read_bytes())
+    assert inputs_of("data", cfg, run_dir) == before
 
 
 @pytest.mark.parametrize("stage", ["train", "eval", "release"])
