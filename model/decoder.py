@@ -1,6 +1,6 @@
 """The whole network, top to bottom: a decoder of the Llama family with QK-norm, exported as Qwen3ForCausalLM.
 
-Beneath it stand its first weights, its loss, and its size.
+Beneath it stand its first weights and its size; its loss is model/loss.py.
 
 Shape suffixes: B sequences, T positions, D width of the residual stream, N query heads, K key/value heads,
 H width of a head, F inner width of the MLP, V rows of the vocabulary.
@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-
-IGNORED = -100
-"""Label of a position that is not to be predicted."""
+from model.attention import attend, document_ends
 
 
 class Linear(nn.Linear):
@@ -47,17 +45,17 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position and frequency, each [seq_len, head_dim], in fp32."""
+    """Cosine and sine of every position and frequency, each [seq_len, 1, head_dim], in fp32."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle_TH = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency).repeat(1, 2)
-    return angle_TH.cos(), angle_TH.sin()
+    return angle_TH.cos()[:, None], angle_TH.sin()[:, None]
 
 
-def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Turns each pair (h, h + H/2) of dimensions by the angle of its position."""
-    first, second = x_BNTH.chunk(2, dim=-1)
-    turned = x_BNTH * cos_TH + torch.cat((-second, first), dim=-1) * sin_TH
-    return turned.to(x_BNTH.dtype)
+    first, second = x_BTNH.chunk(2, dim=-1)
+    turned = x_BTNH * cos_T1H + torch.cat((-second, first), dim=-1) * sin_T1H
+    return turned.to(x_BTNH.dtype)
 
 
 class Attention(nn.Module):
@@ -73,20 +71,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, D] to [B, T, D]; without a mask, all earlier positions are seen."""
-        q_BNTH = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))), cos_TH, sin_TH)
-        k_BKTH = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))), cos_TH, sin_TH)
-        v_BKTH = self._heads(self.v_proj(x_BTD))
-        out_BNTH = F.scaled_dot_product_attention(
-            q_BNTH, k_BKTH, v_BKTH, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        out: Tensor = self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
+    def forward(self, x_BTD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, ends: Tensor | None) -> Tensor:
+        """[B, T, D] to [B, T, D]; without ends of documents, all earlier positions are seen."""
+        q_BTNH = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))), cos_T1H, sin_T1H)
+        k_BTKH = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))), cos_T1H, sin_T1H)
+        out_BTNH = attend(q_BTNH, k_BTKH, self._heads(self.v_proj(x_BTD)), ends)
+        out: Tensor = self.o_proj(out_BTNH.flatten(2))
         return out
 
     def _heads(self, x_BTM: Tensor) -> Tensor:
-        B, T, M = x_BTM.shape
-        return x_BTM.view(B, T, M // self.head_dim, self.head_dim).transpose(1, 2)
+        return x_BTM.unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -114,9 +108,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, ends: Tensor | None) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH, mask)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_T1H, sin_T1H, ends)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
@@ -139,13 +133,12 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, doc_BT: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, D], normed; attention stays inside the documents that `doc_BT` numbers."""
-        cos_TH, sin_TH = rotary_tables(tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, tokens_BT.device)
-        # Who may look at whom: bool [B, 1, T, T], true for earlier positions of the same document.
-        mask = None if doc_BT is None else (doc_BT[:, :, None] == doc_BT[:, None, :]).tril()[:, None]
+        cos_T1H, sin_T1H = rotary_tables(tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, tokens_BT.device)
+        ends = None if doc_BT is None else document_ends(doc_BT)
         x_BTD = self.embedding(tokens_BT)
-        cos_TH, sin_TH = cos_TH.to(x_BTD.dtype), sin_TH.to(x_BTD.dtype)
+        cos_T1H, sin_T1H = cos_T1H.to(x_BTD.dtype), sin_T1H.to(x_BTD.dtype)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TH, sin_TH, mask)
+            x_BTD = block(x_BTD, cos_T1H, sin_T1H, ends)
         out: Tensor = self.final_norm(x_BTD)
         return out
 
@@ -181,20 +174,6 @@ def init_weights(decoder: Decoder, seed: int) -> None:
             parameter.copy_(values.clamp_(-3 * deviation, 3 * deviation))
         else:
             raise AssertionError(f"no rule initialises {name}")
-
-
-def next_token_labels(tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
-    """Labels [B, T] for inputs `tokens[:, :-1]`: the next token, or `IGNORED` where a new document begins.
-
-    What follows the end of a document is another document, which nothing before it can tell.
-    """
-    return tokens_BT1[:, 1:].masked_fill(doc_BT1[:, 1:] != doc_BT1[:, :-1], IGNORED)
-
-
-def summed_cross_entropy(hidden_BTD: Tensor, output_weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over the positions that have a label; a scalar in fp32."""
-    logits_PV = F.linear(hidden_BTD.flatten(0, 1), output_weight_VD).float()
-    return F.cross_entropy(logits_PV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def padded_rows(vocab_size: int) -> int:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from configs.enums import Precision
 from configs.errors import UserError
 from configs.schema import EngineConfig, OptimConfig, RunConfig
-from model.decoder import IGNORED, Decoder, next_token_labels, summed_cross_entropy
+from model.decoder import Decoder
+from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, FragmentReader
 from train.dist import Rank
 from train.schedule import step_shape
@@ -70,9 +71,8 @@ class NextTokenLoss(nn.Module):
             return cast(Tensor, self.decoder(tokens_BT1))
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
         hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
-        nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
-        counts = torch.stack((nats.detach(), (labels_BT != IGNORED).sum()))
-        return nats / labels_BT.numel(), counts
+        loss, nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
+        return loss / labels_BT.numel(), torch.stack((nats, (labels_BT != IGNORED).sum()))
 
 
 class Engine:

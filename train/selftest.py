@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.enums import Precision
 from configs.errors import UserError
 from configs.schema import RunConfig
 from ledger.record import Ledger, gap
-from model.decoder import Decoder, count_parameters, next_token_labels, summed_cross_entropy
+from model.decoder import Decoder, count_parameters
+from model.loss import IGNORED, next_token_labels
 from model.weights import FragmentReader
 from train import checkpoint
 from train.dist import Rank
@@ -122,8 +124,8 @@ def _reference(
     reader.read_into(decoder)
     for (tokens_BT1, doc_BT1), share in zip(batches, shares, strict=True):
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
-        hidden_BTD = decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
-        nats = summed_cross_entropy(hidden_BTD, decoder.output_weight, labels_BT)
+        logits_PV = decoder(tokens_BT1[:, :-1], doc_BT1[:, :-1]).flatten(0, 1)
+        nats = F.cross_entropy(logits_PV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
         torch.autograd.backward(share * nats / labels_BT.numel())
     return [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
 

@@ -1,0 +1,82 @@
+"""The next-token loss, without ever holding the logits of all positions.
+
+A chunk of positions at a time: logits, log-likelihood, and at once the gradients, so that the logits are neither kept nor
+computed again. That takes three matrix products, as the plain way does, and memory for one chunk. The gradients wait for
+the backward pass, which scales them.
+
+Shape suffixes: B sequences, T positions, P positions of all sequences, C positions of a chunk, D width of the residual
+stream, V rows of the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that is not to be predicted."""
+CHUNK_LOGITS = 1 << 26
+"""Logits of a chunk: 256 MiB in fp32, so 512 positions with a vocabulary of 131,072. With fewer, adding up the gradient
+of the output matrix would weigh beside the products."""
+
+
+def next_token_labels(tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
+    """Labels [B, T] for inputs `tokens[:, :-1]`: the next token, or `IGNORED` where a new document begins.
+
+    What follows the end of a document is another document, which nothing before it can tell.
+    """
+    return tokens_BT1[:, 1:].masked_fill(doc_BT1[:, 1:] != doc_BT1[:, :-1], IGNORED)
+
+
+def summed_cross_entropy(
+    hidden_BTD: Tensor, output_weight_VD: Tensor, labels_BT: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What is to be differentiated, and negative log-likelihood in nats: sums over positions with a label, in fp32.
+
+    They differ by `z_loss` times the square of the logarithm of the softmax's denominator (PaLM, section 5), which keeps
+    logits from drifting. The second has no gradient.
+    """
+    found: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(
+        hidden_BTD.flatten(0, 1), output_weight_VD, labels_BT.flatten(), z_loss
+    )
+    return found
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        chunk = max(CHUNK_LOGITS // len(weight_VD), 1)
+        nats, squares = torch.zeros(2, device=hidden_PD.device).unbind()
+        grad_hidden_PD = torch.empty_like(hidden_PD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for hidden_CD, labels_C, grad_CD in zip(
+            hidden_PD.split(chunk), labels_P.split(chunk), grad_hidden_PD.split(chunk), strict=True
+        ):
+            counts_C1 = (labels_C != IGNORED)[:, None]
+            label_C1 = labels_C.where(labels_C != IGNORED, 0)[:, None]
+            logits_CV = F.linear(hidden_CD, weight_VD).float()
+            logit_C1 = logits_CV.gather(1, label_C1)
+            log_p_CV = torch.log_softmax(logits_CV, 1, out=logits_CV)
+            log_p_C1 = log_p_CV.gather(1, label_C1)
+            log_sum_C1 = (logit_C1 - log_p_C1) * counts_C1
+            nats -= (log_p_C1 * counts_C1).sum()
+            squares += log_sum_C1.square().sum()
+            slope_CV = log_p_CV.exp_()  # of both sums by the logits: p (1 + 2 z log_sum), less 1 at the label
+            if z_loss:
+                slope_CV *= 1 + 2 * z_loss * log_sum_C1
+            slope_CV.scatter_add_(1, label_C1, torch.full_like(logit_C1, -1.0))
+            slope_CV = slope_CV.to(hidden_PD.dtype)
+            torch.mm(slope_CV, weight_VD, out=grad_CD).mul_(counts_C1)
+            grad_weight_VD += slope_CV.T @ (hidden_CD * counts_C1)
+        ctx.gradients = grad_hidden_PD, grad_weight_VD.to(weight_VD.dtype)
+        ctx.mark_non_differentiable(nats)
+        return nats + z_loss * squares, nats
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        grad_hidden_PD, grad_weight_VD = ctx.gradients
+        del ctx.gradients
+        return grad_hidden_PD.mul_(slope), grad_weight_VD.mul_(slope), None, None
