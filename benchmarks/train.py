@@ -11,8 +11,8 @@ In turns, a step each, in processes of their own that wait for each other, after
   trainer        the same in transformers' Trainer, as it is
 
 All train in fp32 on the same tokens with as many threads as there are cores. The peers do not keep documents apart, so
-they attend over whole sequences; FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal half). MFU is
-against the best of some products of two 1024 x 1024 matrices, taken again in each turn; medians over turns.
+they attend over whole sequences; FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal half). MFU
+is against the best of some products of two 1024 x 1024 matrices, taken again in each turn; medians over turns.
 On a GPU (`--device cuda`): bf16, `--sizes 1B --lengths 4096 --vocabularies 131072 --micro-batch 4`.
 """
 
@@ -160,7 +160,7 @@ CONTENDERS: dict[str, Callable[..., None]] = {
 def contend(who: str, cfg: RunConfig, vocabulary: int, port: int, pipe: Connection) -> None:
     """Trains; before each step it tells that the one before has ended, and waits until it may go on."""
     os.environ["MASTER_PORT"] = str(port)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(cfg.cluster.cpus_per_device)
 
     def wait() -> None:
@@ -211,7 +211,7 @@ def main() -> None:
     arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = arguments.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print("model, vocabulary, sequence: tokens/s (MFU) of each; how many times as fast marathon is")
+    print("model, vocabulary, sequence; a plain matrix product; how many times as fast as each the first is")
     for size in given.sizes:
         for vocabulary in given.vocabularies:
             for seq_len in given.lengths:
@@ -220,17 +220,13 @@ def main() -> None:
                     cfg = configuration(size, seq_len, micro_batch, given.device, scratch)
                     seconds, peak = measure(cfg, vocabulary, given.contenders, given.repeats)
                 flops = flops_per_token(cfg.model, vocabulary, seq_len)
-                medians = {who: statistics.median(found) for who, found in seconds.items()}
-                first = medians[given.contenders[0]]
-                cells = [
-                    f"{who} {micro_batch * seq_len / s:,.0f} ({micro_batch * seq_len * flops / s / peak:.1%}, {s / first:.2f})"
-                    for who, s in medians.items()
-                ]
                 millions = count_parameters(cfg.model, vocabulary) / 1e6
-                print(
-                    f"{size} ({millions:.1f}M), {vocabulary:,}, {seq_len}, {peak / 1e9:.0f} GFLOP/s: {'; '.join(cells)}",
-                    flush=True,
-                )
+                print(f"{size} ({millions:.1f}M), {vocabulary:,}, {seq_len}; {peak / 1e9:.0f} GFLOP/s", flush=True)
+                first = statistics.median(seconds[given.contenders[0]])
+                for who, found in seconds.items():
+                    rate = micro_batch * seq_len / statistics.median(found)
+                    times = statistics.median(found) / first
+                    print(f"  {who:<14}{rate:>9,.0f} tokens/s  MFU {rate * flops / peak:.1%}  {times:.2f}", flush=True)
 
 
 if __name__ == "__main__":

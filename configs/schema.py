@@ -9,7 +9,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from configs.enums import Device, Family, Precision, ScheduleName, WandbMode
+from configs.enums import Device, Family, Precision, Recompute, ScheduleName, WandbMode
 from configs.rules import NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
 from configs.text import CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
@@ -102,6 +102,9 @@ class EngineConfig(Section, prefix="engine"):
     comm_precision: Precision = Precision.fp32
     """Format of gradients in the all-reduce. fp32 is the reference: ZeRO stages then differ in
     the order of sums alone."""
+    recompute: Recompute = Recompute.none
+    """What the backward pass computes again instead of keeping it: nothing; selective: all but the results of matrix
+    products and attention; full: whole blocks, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile; the first step then takes a minute or more."""
     bucket_elements: PositiveInt = 100_000_000

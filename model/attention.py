@@ -1,8 +1,11 @@
 """Causal attention that stays inside documents, by the kernel that each device has for it.
 
-Shape suffixes: B sequences, T positions, P = B T positions of all sequences, N query heads, K key/value heads, H width of
-a head, S documents.
+Shape suffixes: B sequences, T positions, P = B T positions of all sequences, N query heads, K key/value heads, H width
+of a head, S documents.
 """
+
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +32,72 @@ def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, ends: Tensor | None =
     Neither computes what a mask would throw away.
     """
     if ends is None:
-        return _attend_sequences(q_BTNH, k_BTKH, v_BTKH)
+        q_BNTH, k_BKTH, v_BKTH = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=True).transpose(1, 2)
     q_PNH, k_PKH, v_PKH = q_BTNH.flatten(0, 1), k_BTKH.flatten(0, 1), v_BTKH.flatten(0, 1)
     if q_PNH.device.type == "cpu":
-        return _attend_one_by_one(q_PNH, k_PKH, v_PKH, ends).view(q_BTNH.shape)
-    longest = q_BTNH.shape[1]
-    out = varlen_attn(
-        q_PNH, k_PKH, v_PKH, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q_PNH.shape[1] > k_PKH.shape[1]
-    )
-    assert isinstance(out, Tensor)
+        out: Tensor = one_by_one(q_PNH, k_PKH, v_PKH, ends)[0]
+    else:
+        longest, has_groups = q_BTNH.shape[1], q_PNH.shape[1] > k_PKH.shape[1]
+        found = varlen_attn(
+            q_PNH, k_PKH, v_PKH, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=has_groups
+        )
+        out = cast(Tensor, found)
     return out.view(q_BTNH.shape)
 
 
-def _attend_sequences(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+# Operations of their own, whose loops depend on data: a compiled block is one graph with them in it.
+@torch.library.custom_op("marathon::one_by_one", mutates_args=())
+def one_by_one(q_PNH: Tensor, k_PKH: Tensor, v_PKH: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of each document, [P, N, H], and the logarithms of its denominators, [P, N]."""
+    out_PNH, log_sum_PN = torch.empty_like(q_PNH), q_PNH.new_empty(q_PNH.shape[:2], dtype=torch.float32)
+    for span in _spans(ends):
+        q, k, v = (_sequence(x[span]) for x in (q_PNH, k_PKH, v_PKH))
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        out_PNH[span], log_sum_PN[span] = out[0].transpose(0, 1), log_sum[0].transpose(0, 1)
+    return out_PNH, log_sum_PN
 
 
-@torch.compiler.disable  # its loop depends on data; a compiled block goes on after it
-def _attend_one_by_one(q_PNH: Tensor, k_PKH: Tensor, v_PKH: Tensor, ends: Tensor) -> Tensor:
-    lengths = [n for n in ends.diff().tolist() if n]
-    parts = zip(*(x.split(lengths) for x in (q_PNH, k_PKH, v_PKH)), strict=True)
-    return torch.cat([_attend_sequences(q[None], k[None], v[None])[0] for q, k, v in parts])
+@torch.library.custom_op("marathon::one_by_one_backward", mutates_args=())
+def one_by_one_backward(
+    slope: Tensor, q_PNH: Tensor, k_PKH: Tensor, v_PKH: Tensor, out_PNH: Tensor, log_sum_PN: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by queries, keys and values, from that by the output."""
+    slopes = torch.empty_like(q_PNH), torch.empty_like(k_PKH), torch.empty_like(v_PKH)
+    for span in _spans(ends):
+        given = (_sequence(x[span]) for x in (slope, q_PNH, k_PKH, v_PKH, out_PNH))
+        log_sum = log_sum_PN[span].T[None]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, log_sum, 0.0, True)
+        for whole, part in zip(slopes, found, strict=True):
+            whole[span] = part[0].transpose(0, 1)
+    return slopes
+
+
+@one_by_one.register_fake
+def _(q_PNH: Tensor, k_PKH: Tensor, v_PKH: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_PNH), q_PNH.new_empty(q_PNH.shape[:2], dtype=torch.float32)
+
+
+@one_by_one_backward.register_fake
+def _(slope: Tensor, q_PNH: Tensor, k_PKH: Tensor, v_PKH: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_PNH), torch.empty_like(k_PKH), torch.empty_like(v_PKH)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, ends = inputs
+    ctx.save_for_backward(*qkv, *output, ends)
+
+
+def _backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *one_by_one_backward(slope.contiguous(), *ctx.saved_tensors), None
+
+
+one_by_one.register_autograd(_backward, setup_context=_keep)
+
+
+def _spans(ends: Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(ends.tolist()) if start < end]
+
+
+def _sequence(x_TNH: Tensor) -> Tensor:
+    return x_TNH.transpose(0, 1)[None]

@@ -10,11 +10,14 @@ each head of queries and keys before RoPE, no biases, no multipliers, no soft-ca
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from configs.enums import Recompute
 from configs.schema import ModelConfig
 from model.attention import attend, document_ends
 
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, x_BTM: Tensor) -> Tensor:
-        return x_BTM.unflatten(-1, (-1, self.head_dim))
+        return x_BTM.view(*x_BTM.shape[:-1], -1, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -98,11 +101,24 @@ class MLP(nn.Module):
         return out
 
 
+KEPT = {
+    Recompute.selective: [
+        torch.ops.aten.mm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.marathon.one_by_one.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ],
+    Recompute.full: [],
+}
+"""Operations whose results are kept; the others of a block are computed again."""
+
+
 class Block(nn.Module):
     """Attention and MLP, each on a normed copy of the residual stream."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, recompute: Recompute) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -110,6 +126,18 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, ends: Tensor | None) -> Tensor:
         """[B, T, D] to [B, T, D]."""
+        if self.recompute is Recompute.none or not torch.is_grad_enabled():
+            return self._compute(x_BTD, cos_T1H, sin_T1H, ends)
+        out: Tensor = checkpoint(
+            self._compute,
+            *(x_BTD, cos_T1H, sin_T1H, ends),
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn
+            context_fn=partial(create_selective_checkpoint_contexts, KEPT[self.recompute]),
+        )
+        return out
+
+    def _compute(self, x_BTD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, ends: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_T1H, sin_T1H, ends)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
@@ -118,11 +146,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens to logits; the `vocab_rows` of the embedding are the vocabulary, padded (`padded_rows`)."""
 
-    def __init__(self, cfg: ModelConfig, vocab_rows: int) -> None:
+    def __init__(self, cfg: ModelConfig, vocab_rows: int, recompute: Recompute = Recompute.none) -> None:
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(vocab_rows, cfg.d_model, _weight=torch.empty(vocab_rows, cfg.d_model))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, recompute) for _ in range(cfg.n_layer))
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.output = None if cfg.tie_embeddings else Linear(cfg.d_model, vocab_rows)
 

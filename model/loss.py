@@ -1,8 +1,8 @@
 """The next-token loss, without ever holding the logits of all positions.
 
-A chunk of positions at a time: logits, log-likelihood, and at once the gradients, so that the logits are neither kept nor
-computed again. That takes three matrix products, as the plain way does, and memory for one chunk. The gradients wait for
-the backward pass, which scales them.
+A chunk of positions at a time: logits, log-likelihood, and at once the gradients, so that the logits are neither kept
+nor computed again. That takes three matrix products, as the plain way does, and memory for one chunk. The gradients
+wait for the backward pass, which scales them.
 
 Shape suffixes: B sequences, T positions, P positions of all sequences, C positions of a chunk, D width of the residual
 stream, V rows of the vocabulary.
@@ -34,10 +34,10 @@ def summed_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """What is to be differentiated, and negative log-likelihood in nats: sums over positions with a label, in fp32.
 
-    They differ by `z_loss` times the square of the logarithm of the softmax's denominator (PaLM, section 5), which keeps
-    logits from drifting. The second has no gradient.
+    They differ by `z_loss` times the square of the logarithm of the softmax's denominator (PaLM, section 5), which
+    keeps logits from drifting. The second has no gradient.
     """
-    found: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(
+    found: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_BTD.flatten(0, 1), output_weight_VD, labels_BT.flatten(), z_loss
     )
     return found
@@ -52,9 +52,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         nats, squares = torch.zeros(2, device=hidden_PD.device).unbind()
         grad_hidden_PD = torch.empty_like(hidden_PD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for hidden_CD, labels_C, grad_CD in zip(
-            hidden_PD.split(chunk), labels_P.split(chunk), grad_hidden_PD.split(chunk), strict=True
-        ):
+        parts = (torch.split(whole, chunk) for whole in (hidden_PD, labels_P, grad_hidden_PD))
+        for hidden_CD, labels_C, grad_CD in zip(*parts, strict=True):
             counts_C1 = (labels_C != IGNORED)[:, None]
             label_C1 = labels_C.where(labels_C != IGNORED, 0)[:, None]
             logits_CV = F.linear(hidden_CD, weight_VD).float()

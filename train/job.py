@@ -60,7 +60,7 @@ class Job:
             seq_len=cfg.train.seq_len,
         )
 
-        decoder = Decoder(cfg.model, self.vocab_rows)
+        decoder = Decoder(cfg.model, self.vocab_rows, cfg.engine.recompute)
         if self.resume_from is None:
             init_weights(decoder, cfg.seed)
         self.engine = Engine(decoder, cfg, rank)

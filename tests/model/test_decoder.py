@@ -7,17 +7,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from configs.compose import compose
+from configs.enums import Recompute
 from configs.rules import GROUPS
-from model.decoder import (
-    IGNORED,
-    Decoder,
-    count_parameters,
-    flops_per_token,
-    init_weights,
-    next_token_labels,
-    padded_rows,
-    summed_cross_entropy,
-)
+from model.decoder import Decoder, count_parameters, flops_per_token, init_weights, padded_rows
 from model.hf import to_their_config, to_their_name, to_transformers
 
 ROWS = 256
@@ -84,15 +76,32 @@ def test_one_document_needs_no_mask(tiny_model):
         assert torch.allclose(decoder(tokens), decoder(tokens, torch.zeros(2, 20, dtype=torch.int32)), atol=1e-5)
 
 
-def test_the_first_token_of_a_document_is_not_predicted(tiny_model):
-    tokens, doc = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
-    labels = next_token_labels(tokens, doc)
-    assert labels.tolist() == [[6, IGNORED, 8]]
-    decoder = make_decoder(tiny_model)
-    hidden = decoder.hidden(tokens[:, :-1], doc[:, :-1])
-    log_p = decoder(tokens[:, :-1], doc[:, :-1]).log_softmax(-1)[0]
-    expected = -(log_p[0, 6] + log_p[2, 8])
-    assert torch.allclose(summed_cross_entropy(hidden, decoder.output_weight, labels), expected, atol=1e-4)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_computed_again_changes_memory_and_nothing_else(tiny_model, is_compiled):
+    tokens = torch.randint(ROWS, (2, 64), generator=torch.Generator().manual_seed(6))
+    doc = (torch.arange(64) >= 20).int().expand(2, 64)
+    gradients, kept = {}, {}
+
+    def keep(tensor):
+        kept[recompute][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for recompute in Recompute:
+        decoder = Decoder(tiny_model, ROWS, recompute)
+        init_weights(decoder, 0)
+        if is_compiled:
+            for block in decoder.blocks:
+                block.compile(dynamic=False)
+        kept[recompute] = {}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = decoder.hidden(tokens, doc)
+        hidden.square().sum().backward()
+        gradients[recompute] = [parameter.grad for parameter in decoder.parameters()]
+    for found in gradients.values():
+        for ours, expected in zip(found, gradients[Recompute.none], strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    none, selective, full = (sum(kept[recompute].values()) for recompute in Recompute)
+    assert full < selective < none if is_compiled else full < none  # eager keeps results where no hook sees them
 
 
 def test_initial_weights_depend_on_the_seed_alone(tiny_model):

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configs.compose import compose
 from configs.enums import Precision
-from model.decoder import Decoder, init_weights, next_token_labels, summed_cross_entropy
+from model.decoder import Decoder, init_weights
+from model.loss import IGNORED, next_token_labels
 from model.weights import load_decoder, read_manifest
 from tests.train.ranks import run_ranks
 
@@ -59,8 +61,8 @@ def plain_loop(n_steps):
     told = []
     for step in range(n_steps):
         tokens, doc = step_data(step)
-        hidden = decoder.hidden(tokens[:, :-1], doc[:, :-1])
-        nats = summed_cross_entropy(hidden, decoder.output_weight, next_token_labels(tokens, doc))
+        logits, labels = decoder(tokens[:, :-1], doc[:, :-1]), next_token_labels(tokens, doc)
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         (nats / (SEQS * SEQ_LEN)).backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), cfg.optim.grad_clip)
         optimizer.step()
