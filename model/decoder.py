@@ -20,16 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from configs.enums import Recompute
 from configs.schema import ModelConfig
 from model.attention import attend, document_ends
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, as allocated: `init_weights` or a checkpoint fills it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        """PyTorch's own values would be drawn and thrown away; on the meta device they import its compiler."""
+from model.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -104,6 +95,7 @@ class MLP(nn.Module):
 KEPT = {
     Recompute.selective: [
         torch.ops.aten.mm.default,
+        torch.ops.marathon.product.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.marathon.one_by_one.default,
         torch.ops.torch_attn._varlen_attn.default,

@@ -11,8 +11,9 @@ stream, V rows of the vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from model.linear import product
 
 IGNORED = -100
 """Label of a position that is not to be predicted."""
@@ -51,26 +52,25 @@ class _SummedCrossEntropy(torch.autograd.Function):
         chunk = max(CHUNK_LOGITS // len(weight_VD), 1)
         nats, squares = torch.zeros(2, device=hidden_PD.device).unbind()
         grad_hidden_PD = torch.empty_like(hidden_PD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_DV = torch.zeros(weight_VD.shape[::-1], device=weight_VD.device)
         parts = (torch.split(whole, chunk) for whole in (hidden_PD, labels_P, grad_hidden_PD))
         for hidden_CD, labels_C, grad_CD in zip(*parts, strict=True):
             counts_C1 = (labels_C != IGNORED)[:, None]
             label_C1 = labels_C.where(labels_C != IGNORED, 0)[:, None]
-            logits_CV = F.linear(hidden_CD, weight_VD).float()
-            logit_C1 = logits_CV.gather(1, label_C1)
-            log_p_CV = torch.log_softmax(logits_CV, 1, out=logits_CV)
-            log_p_C1 = log_p_CV.gather(1, label_C1)
-            log_sum_C1 = (logit_C1 - log_p_C1) * counts_C1
-            nats -= (log_p_C1 * counts_C1).sum()
+            logits_CV = product(hidden_CD, weight_VD).float()
+            logit_C1, largest_C1 = logits_CV.gather(1, label_C1), logits_CV.amax(1, keepdim=True)
+            slope_CV = torch.softmax(logits_CV, 1, out=logits_CV)  # of both sums by the logits, but for what follows
+            # The largest probability is 1 / V at least: its logarithm is exact where that of the label's may not be.
+            log_sum_C1 = (largest_C1 - slope_CV.amax(1, keepdim=True).log()) * counts_C1
+            nats += (log_sum_C1 - logit_C1 * counts_C1).sum()
             squares += log_sum_C1.square().sum()
-            slope_CV = log_p_CV.exp_()  # of both sums by the logits: p (1 + 2 z log_sum), less 1 at the label
             if z_loss:
                 slope_CV *= 1 + 2 * z_loss * log_sum_C1
             slope_CV.scatter_add_(1, label_C1, torch.full_like(logit_C1, -1.0))
             slope_CV = slope_CV.to(hidden_PD.dtype)
-            torch.mm(slope_CV, weight_VD, out=grad_CD).mul_(counts_C1)
-            grad_weight_VD += slope_CV.T @ (hidden_CD * counts_C1)
-        ctx.gradients = grad_hidden_PD, grad_weight_VD.to(weight_VD.dtype)
+            torch.mul(product(slope_CV, weight_VD.T), counts_C1, out=grad_CD)
+            grad_weight_DV += product((hidden_CD * counts_C1).T, slope_CV.T)
+        ctx.gradients = grad_hidden_PD, grad_weight_DV.T.to(weight_VD.dtype)
         ctx.mark_non_differentiable(nats)
         return nats + z_loss * squares, nats
 

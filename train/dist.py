@@ -1,5 +1,6 @@
 """Who this process is among the ranks, by torchrun's variables or Slurm's, and what ranks say to each other."""
 
+import ctypes
 import datetime
 import os
 import platform
@@ -15,6 +16,8 @@ from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 
 Fact = TypeVar("Fact")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def join(cfg: RunConfig) -> Rank:
     torch.set_num_threads(cfg.cluster.cpus_per_device)
     on_cpu = cfg.cluster.device is Device.cpu
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    if not on_cpu:
+    if on_cpu:
+        _keep_memory()
+    else:
         torch.cuda.set_device(device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29400")
@@ -108,6 +113,16 @@ def join(cfg: RunConfig) -> Rank:
         device_id=None if on_cpu else device,
     )
     return Rank(rank, world_size, device, os.environ.get("SLURMD_NODENAME") or platform.node())
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what PyTorch frees: else each tensor of some MB is mapped, and its pages zeroed, anew.
+
+    On a CPU a tenth of a step goes there (docs/performance.md). Another C library goes on as it is.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 leave = torch_dist.destroy_process_group
