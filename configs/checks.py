@@ -17,13 +17,7 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
         rule = "a run's name is a folder: letters, digits, dot, dash, underscore"
         yield UserError(f"name = {cfg.name!r}", rule, "name=my-run")
 
-    seqs, world = cfg.train.seqs_per_step, cfg.cluster.world_size
-    if seqs % world:
-        upward = -(-seqs // world) * world * cfg.train.seq_len
-        found = f"train.tokens_per_step = {cfg.train.tokens_per_step} is {seqs} sequences over {world} devices"
-        rule = "every device takes the same number of sequences in a step"
-        repair = f"train.tokens_per_step={upward}, or a number of devices that divides {seqs}"
-        yield UserError(found, rule, repair)
+    yield from _broken_layout(cfg)
 
     steps = cfg.train.steps
     decay_steps = round(cfg.schedule.decay_share * steps) if cfg.schedule.name is ScheduleName.wsd else 0
@@ -73,3 +67,46 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
     if cfg.log.wandb is WandbMode.online and not cfg.cluster.online:
         found, rule = "log.wandb = online with cluster.online = false", "compute nodes are taken to have no network"
         yield UserError(found, rule, "log.wandb=offline, then `wandb sync` from a login node; or cluster.online=true")
+
+
+def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
+    """How devices share the work."""
+    engine, world, seqs = cfg.engine, cfg.cluster.world_size, cfg.train.seqs_per_step
+    group = engine.group_size
+    for name, reason in (("tensor_parallel", "matrices"), ("sequence_parallel", "heads of attention")):
+        size, shared = getattr(engine, name), {"model.n_head": cfg.model.n_head, "model.n_kv_head": cfg.model.n_kv_head}
+        if name == "tensor_parallel":
+            shared["model.d_ff"] = cfg.model.d_ff
+        else:
+            shared["train.seq_len"] = cfg.train.seq_len
+        shared["cluster.devices_per_node"] = cfg.cluster.devices_per_node
+        if uneven := {setting: value for setting, value in shared.items() if value % size}:
+            told = ", ".join(f"{setting} = {value}" for setting, value in uneven.items())
+            fitting = [n for n in range(1, size) if not any(value % n for value in shared.values())]
+            rule = f"the devices of a group have equal parts of {reason}, and are of one node, where links are fast"
+            yield UserError(f"engine.{name} = {size}, {told}", rule, f"engine.{name} one of {fitting}")
+            return
+    if engine.tensor_parallel > 1 and engine.sequence_parallel > 1:
+        found = (
+            f"engine.tensor_parallel = {engine.tensor_parallel}, engine.sequence_parallel = {engine.sequence_parallel}"
+        )
+        rule = "the devices of a group share either matrices or sequences"
+        yield UserError(found, rule, "set one of both to 1: sequence_parallel for long sequences, else tensor_parallel")
+    if seqs * group % world:
+        shares = world // group
+        upward = -(-seqs // shares) * shares * cfg.train.seq_len
+        found = f"train.tokens_per_step = {cfg.train.tokens_per_step} is {seqs} sequences over {shares} " + (
+            "devices" if group == 1 else f"groups of {group} devices"
+        )
+        rule = "every device takes the same number of sequences in a step"
+        repair = f"train.tokens_per_step={upward}, or a number of devices that divides {seqs * group}"
+        yield UserError(found, rule, repair)
+    if engine.shard_group and engine.zero_stage != 3:
+        found = f"engine.shard_group = {engine.shard_group} with engine.zero_stage = {engine.zero_stage}"
+        rule = "only ZeRO-3 shards weights; under the other stages each device has them whole"
+        yield UserError(found, rule, "engine.shard_group=0, or engine=zero3")
+    elif engine.shard_group and (world % engine.shard_group or not 1 < engine.shard_group < world):
+        fitting = [n for n in range(2, world) if world % n == 0]
+        rule = "groups of equal size within all devices: of one device, or of all, they change nothing"
+        found = f"engine.shard_group = {engine.shard_group} of {world} devices"
+        yield UserError(found, rule, f"engine.shard_group one of {fitting}, a node's devices best" if fitting else "0")

@@ -102,6 +102,13 @@ class EngineConfig(Section, prefix="engine"):
     comm_precision: Precision = Precision.fp32
     """Format of gradients in the all-reduce. fp32 is the reference: ZeRO stages then differ in
     the order of sums alone."""
+    shard_group: NaturalInt = 0
+    """ZeRO-3: weights are also held whole by each group of so many devices, a node's best, and gathered from there
+    (ZeRO++ hpZ); 0: from all devices."""
+    tensor_parallel: PositiveInt = 1
+    """Devices that share each matrix of the blocks (AutoTP): for models above 8B, within a node."""
+    sequence_parallel: PositiveInt = 1
+    """Devices that share each sequence (Ulysses): each has some heads in attention, and a stretch of it otherwise."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes again instead of keeping it: nothing; selective: all but the results of matrix
     products and attention; full: whole blocks, a third more work."""
@@ -112,6 +119,11 @@ class EngineConfig(Section, prefix="engine"):
     timeout_s: PositiveInt = 1800
     """A step, or the time between two validation passes, that takes longer is a hang: every rank writes its stacks to
     RUN/logs and ends, so that the job starts again. Collectives wait a little longer than that."""
+
+    @property
+    def group_size(self) -> int:
+        """Devices that work on the same sequences; neighbours in the order of ranks."""
+        return self.tensor_parallel * self.sequence_parallel
 
 
 @dataclass

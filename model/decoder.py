@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.attend = cfg.head_dim, attend
         self.q_proj = Linear(cfg.d_model, cfg.n_head * cfg.head_dim)
         self.k_proj = Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim)
         self.v_proj = Linear(cfg.d_model, cfg.n_kv_head * cfg.head_dim)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         """[B, T, D] to [B, T, D]; without ends of documents, all earlier positions are seen."""
         q_BTNH = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))), cos_T1H, sin_T1H)
         k_BTKH = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))), cos_T1H, sin_T1H)
-        out_BTNH = attend(q_BTNH, k_BTKH, self._heads(self.v_proj(x_BTD)), ends)
+        out_BTNH = self.attend(q_BTNH, k_BTKH, self._heads(self.v_proj(x_BTD)), ends)
         out: Tensor = self.o_proj(out_BTNH.flatten(2))
         return out
 
@@ -92,6 +92,8 @@ class MLP(nn.Module):
         return out
 
 
+WHOLE = slice(None)
+"""All positions of a sequence."""
 KEPT = {
     Recompute.selective: [
         torch.ops.aten.mm.default,
@@ -151,12 +153,15 @@ class Decoder(nn.Module):
         """[V, D]: what turns the last hidden states into logits."""
         return self.embedding.weight if self.output is None else self.output.weight
 
-    def hidden(self, tokens_BT: Tensor, doc_BT: Tensor | None = None) -> Tensor:
-        """Last hidden states [B, T, D], normed; attention stays inside the documents that `doc_BT` numbers."""
+    def hidden(self, tokens_BT: Tensor, doc_BT: Tensor | None = None, part: slice = WHOLE) -> Tensor:
+        """Last hidden states [B, T, D], normed; attention stays inside the documents that `doc_BT` numbers.
+
+        Only a `part` of the positions, where `Attention.attend` brings together what other devices have of the others.
+        """
         cos_T1H, sin_T1H = rotary_tables(tokens_BT.shape[1], self.cfg.head_dim, self.cfg.rope_theta, tokens_BT.device)
         ends = None if doc_BT is None else document_ends(doc_BT)
-        x_BTD = self.embedding(tokens_BT)
-        cos_T1H, sin_T1H = cos_T1H.to(x_BTD.dtype), sin_T1H.to(x_BTD.dtype)
+        x_BTD = self.embedding(tokens_BT[:, part])
+        cos_T1H, sin_T1H = cos_T1H[part].to(x_BTD.dtype), sin_T1H[part].to(x_BTD.dtype)
         for block in self.blocks:
             x_BTD = block(x_BTD, cos_T1H, sin_T1H, ends)
         out: Tensor = self.final_norm(x_BTD)

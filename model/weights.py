@@ -6,17 +6,20 @@ A checkpoint is a folder `step-000000120` that stands complete under its name or
     manifest.sha256           hashes of the manifest and of all files, as `sha256sum -c` reads them
     rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…`, `exp_avg_sq/…`; random states
 
-A fragment is a range of a flattened parameter, addressed by the parameter's name and the first index: files
-depend on how many ranks wrote them, reading does not. Nothing here can hold code: JSON and safetensors.
+A fragment is a range of a flattened parameter, or of some columns of it (`Columns`), addressed by name and first index:
+files depend on how many ranks wrote them and how, reading does not. Nothing here can hold code: JSON and safetensors.
 """
 
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -81,6 +84,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Columns(NamedTuple):
+    """Some columns of a matrix, which flattened are a parameter of their own; as text, NAME@FIRST:END/ALL."""
+
+    name: str
+    first: int
+    end: int
+    all: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.first}:{self.end}/{self.all}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Columns | None":
+        """From the name of a fragment; None where it is one of whole rows."""
+        found = re.fullmatch(r"(.+)@(\d+):(\d+)/(\d+)", text)
+        return found and cls(found[1], *map(int, found.groups()[1:]))
+
+    def of(self, flat: Tensor) -> Tensor:
+        """These columns of a flattened matrix, flattened."""
+        return flat.view(-1, self.all)[:, self.first : self.end].flatten()
+
+
 class FragmentReader:
     """Reads any range of any parameter from a checkpoint, whoever wrote it."""
 
@@ -90,10 +115,28 @@ class FragmentReader:
         for file, entry in self.files.items():
             for name, start, numel in entry["fragments"]:
                 self._fragments.setdefault(name, []).append((file, start, start + numel))
+        parsed = filter(None, map(Columns.parse, self._fragments))
+        self._by_columns = {name: list(parts) for name, parts in groupby(sorted(parsed), attrgetter("name"))}
         self._file: Callable[[str], Any] = functools.cache(lambda name: safe_open(checkpoint / name, framework="pt"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of parameter `name`, fp32, on the CPU; `UserError` where some are missing."""
+        """Elements [start, start + numel) of a parameter, or of columns of one, fp32, on the CPU.
+
+        Raises `UserError` where some are missing.
+        """
+        if name not in self._fragments and (wanted := Columns.parse(name)):
+            width = wanted.end - wanted.first
+            first, end = start // width, -(-(start + numel) // width)
+            rows = self.read(kind, wanted.name, first * wanted.all, (end - first) * wanted.all)
+            return wanted.of(rows)[start - first * width :][:numel]
+        if parts := self._by_columns.get(name):
+            first, end = start // parts[0].all, -(-(start + numel) // parts[0].all)
+            out = torch.empty(end - first, parts[0].all)
+            for part in parts:
+                width = part.end - part.first
+                stored = self.read(kind, str(part), first * width, (end - first) * width)
+                out[:, part.first : part.end] = stored.view(-1, width)
+            return out.flatten()[start - first * parts[0].all :][:numel]
         out, n_filled = torch.empty(numel, dtype=torch.float32), 0
         for file, begin, end in self._fragments.get(name, []):
             first, last = max(start, begin), min(start + numel, end)

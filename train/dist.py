@@ -29,11 +29,28 @@ class Rank:
     device: torch.device
     host: str = ""
     """Its node."""
+    group_size: int = 1
+    """Neighbours in the order of ranks that work on the same sequences."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+    @property
+    def part(self) -> int:
+        """Its place among those that work on the same sequences."""
+        return self.rank % self.group_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the sequences it works on, of `data_world_size`."""
+        return self.rank // self.group_size
+
+    @property
+    def data_world_size(self) -> int:
+        """Shares that the sequences of a step are dealt out in."""
+        return self.world_size // self.group_size
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
@@ -112,7 +129,7 @@ def join(cfg: RunConfig) -> Rank:
         timeout=datetime.timedelta(seconds=cfg.engine.timeout_s + 120),
         device_id=None if on_cpu else device,
     )
-    return Rank(rank, world_size, device, os.environ.get("SLURMD_NODENAME") or platform.node())
+    return Rank(rank, world_size, device, os.environ.get("SLURMD_NODENAME") or platform.node(), cfg.engine.group_size)
 
 
 def _keep_memory() -> None:

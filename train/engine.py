@@ -9,6 +9,7 @@ BF16_Optimizer behind ZeRO-1 in bf16 keeps too; those of ZeRO-3 by its table of 
 import io
 import logging
 import os
+import re
 import time
 import unittest.mock
 import warnings
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from configs.enums import Precision
 from configs.errors import UserError
 from configs.schema import EngineConfig, OptimConfig, RunConfig
-from model.decoder import Decoder
+from model.decoder import Attention, Decoder
 from model.loss import IGNORED, next_token_labels, summed_cross_entropy
-from model.weights import MASTER, FragmentReader
+from model.weights import MASTER, Columns, FragmentReader
 from train.dist import Rank
 from train.schedule import step_shape
+from train.ulysses import Ulysses
 from train.versions import known_bad
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -45,8 +47,15 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecat
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+OUTPUTS_SHARED, INPUTS_SHARED = r".*\.(q|k|v|gate|up)_proj\.weight$", r".*\.(o|down)_proj\.weight$"
+"""Matrices of which each device of a tensor-parallel group has some rows, and of which some columns."""
+
+
 class OwnedFragment(NamedTuple):
-    """A range of a parameter, with views of what this rank holds of it, 1-D fp32: master, exp_avg, exp_avg_sq."""
+    """A range of a parameter, or of some columns of it (model/weights.py: `Columns`), by name and first index.
+
+    With views of what this rank holds of it, 1-D fp32: master, exp_avg, exp_avg_sq.
+    """
 
     name: str
     start: int
@@ -56,9 +65,10 @@ class OwnedFragment(NamedTuple):
 class NextTokenLoss(nn.Module):
     """What the engine differentiates: the decoder with its loss."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, n_parts: int = 1, part: int = 0) -> None:
+        """Of each sequence it takes the positions of one of `n_parts` equal parts."""
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.n_parts, self.part = decoder, n_parts, part
 
     def forward(self, tokens_BT1: Tensor, doc_BT1: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
         """Loss to differentiate, and sum of nats with the number of labels, [2]; without documents, logits.
@@ -70,7 +80,10 @@ class NextTokenLoss(nn.Module):
             # Through this module and not around it: ZeRO-3 gathers weights where it sees a forward pass begin.
             return cast(Tensor, self.decoder(tokens_BT1))
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
-        hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1])
+        n = labels_BT.shape[1] // self.n_parts
+        mine = slice(self.part * n, (self.part + 1) * n)
+        labels_BT = labels_BT[:, mine]
+        hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1], mine)
         loss, nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
         return loss / labels_BT.numel(), torch.stack((nats, (labels_BT != IGNORED).sum()))
 
@@ -84,13 +97,19 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         self.version: str = deepspeed.__version__
         refuse_known_bad(self.version, torch.__version__, cfg.engine)
+        self.tensor_parallel, n_parts = cfg.engine.tensor_parallel, cfg.engine.sequence_parallel
+        if n_parts > 1:
+            ulysses = Ulysses(n_parts)
+            for attention in decoder.modules():
+                if isinstance(attention, Attention):
+                    attention.attend = ulysses  # type: ignore[assignment]
         if cfg.engine.compile:
             for block in decoder.blocks:
                 # A graph for each shape: kernels for any shape would be others, depending on which came first.
                 block.compile(dynamic=False)
         with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
-                model=NextTokenLoss(self.decoder),
+                model=NextTokenLoss(self.decoder, n_parts, rank.rank % n_parts),
                 optimizer=adamw(self.decoder, cfg.optim),
                 config=deepspeed_config(cfg),
                 dist_init_required=False,
@@ -105,7 +124,8 @@ class Engine:
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-        return cast(Tensor, counts)
+        # What ranks compute together counts once.
+        return cast(Tensor, counts) * (self.rank.rank % self.tensor_parallel == 0)
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Ends the accumulation: clips, steps, clears.
@@ -146,8 +166,10 @@ class Engine:
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
+        has_all = self.rank.rank % self.tensor_parallel == 0
         for name, start, state, where in self._places():
-            yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
+            if has_all or re.match(f"{OUTPUTS_SHARED}|{INPUTS_SHARED}", name.partition("@")[0]):
+                yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
         """Takes what this rank holds of weights and moments from a checkpoint, whatever world size or stage wrote it.
@@ -174,16 +196,28 @@ class Engine:
         for name, parameter in zip(self.shapes, self.decoder.parameters(), strict=True):
             if self.zero_stage == 3:
                 group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
-                start = share * self.rank.rank
-                numel = min(share, self.shapes[name].numel() - start)  # the last parts are padded, or padding alone
+                start = share * (self.rank.rank // self.tensor_parallel)
+                # The last parts are padded, or padding alone.
+                numel = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
                 if numel > 0:
                     flat = zero.fp32_partitioned_groups_flat[group]
-                    yield name, start, self._state(flat), slice(offset, offset + numel)
+                    yield *self._within(name, start), self._state(flat), slice(offset, offset + numel)
             elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
                 inside = link.hp_fragment_address
                 where = slice(inside.start, inside.start + inside.numel)
-                yield name, link.lp_fragment_address.start, self._state(flat), where
+                yield *self._within(name, link.lp_fragment_address.start), self._state(flat), where
+
+    def _within(self, name: str, start: int) -> tuple[str, int]:
+        """Name and first index in the whole parameter, from the index in what AutoTP has left of it here."""
+        n_parts, part = self.tensor_parallel, self.rank.rank % self.tensor_parallel
+        if n_parts > 1 and re.match(OUTPUTS_SHARED, name):
+            return name, start + part * self.shapes[name].numel() // n_parts
+        if n_parts > 1 and re.match(INPUTS_SHARED, name):
+            columns = self.shapes[name][1]
+            width = columns // n_parts
+            return str(Columns(name, part * width, (part + 1) * width, columns)), start
+        return name, start
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         """Weights and moments of a flat partition; AdamW makes its own moments only in the first step."""
@@ -210,8 +244,20 @@ def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
     which in bf16 loses small gradients; with the pair, the stages differ in the order of sums alone.
     """
     shape, engine = step_shape(cfg), cfg.engine
+    tensor_parallel = {
+        "autotp_size": engine.tensor_parallel,
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [OUTPUTS_SHARED], "partition_type": "column"},
+                {"patterns": [INPUTS_SHARED], "partition_type": "row"},
+                # Each device norms its own heads: what their weight gets from all of them is added up.
+                {"patterns": [r".*\.[qk]_norm\.weight$"], "partition_type": "skip", "grad_allreduce": True},
+            ],
+        },
+    }
     return {
-        "train_batch_size": shape.seqs_per_step,
+        # Sequences over all devices are not told: where devices share sequences, DeepSpeed would count them twice.
         "train_micro_batch_size_per_gpu": shape.micro_batch_seqs,
         "gradient_accumulation_steps": shape.accumulation_steps,
         "gradient_clipping": cfg.optim.grad_clip,
@@ -226,8 +272,10 @@ def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
             "allgather_bucket_size": engine.bucket_elements,
             # Reduces while the backward pass goes on; without effect, and refused, on a CPU.
             "overlap_comm": torch.cuda.is_available(),
+            "zero_hpz_partition_size": max(engine.shard_group, 1),
         },
         "steps_per_print": 2**31,
+        **({"tensor_parallel": tensor_parallel} if engine.tensor_parallel > 1 else {}),
     }
 
 

@@ -56,8 +56,8 @@ def _train_until_spike(job: Job) -> bool:
         n_steps=cfg.steps - progress.step,
         seqs_per_step=job.shape.seqs_per_step,
         micro_batch_seqs=job.shape.micro_batch_seqs,
-        rank=rank.rank,
-        world_size=rank.world_size,
+        rank=rank.data_rank,
+        world_size=rank.data_world_size,
         workers=cfg.loader_workers,
         skipped=progress.skipped,
     ):
@@ -65,7 +65,8 @@ def _train_until_spike(job: Job) -> bool:
         counts = torch.zeros(2, dtype=torch.float64, device=rank.device)
         for micro_batch in micro_batches:
             counts += job.engine.backward(micro_batch["tokens"], micro_batch["doc"])
-            consumed.add(micro_batch["position"], micro_batch["sample_id"], micro_batch["part"], cfg.seq_len)
+            if rank.part == 0:
+                consumed.add(micro_batch["position"], micro_batch["sample_id"], micro_batch["part"], cfg.seq_len)
         progress.lr = learning_rate(progress.step, cfg.steps, job.cfg.optim, job.cfg.schedule)
         grad_norm, applied = job.engine.step(progress.lr)
         progress.step += 1
@@ -165,18 +166,19 @@ def _count_consumed(job: Job, here: OrderHash) -> None:
 
 
 def _validate(job: Job) -> None:
-    began_s = time.monotonic()
+    began_s, rank = time.monotonic(), job.rank
+    together = job.cfg.engine.tensor_parallel  # so many ranks compute the same logits
     job.watchdog.alive()
     scores = score_documents(
         job.engine.logits,
         job.held_out,
         seq_len=job.cfg.train.seq_len,
         batch_seqs=job.shape.micro_batch_seqs,
-        device=job.rank.device,
-        rank=job.rank.rank,
-        world_size=job.rank.world_size,
+        device=rank.device,
+        rank=rank.rank // together,
+        world_size=rank.world_size // together,
     )
-    by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=1)
+    by_lang = bits_per_byte(gather_scores(scores if rank.rank % together == 0 else []), bootstrap_samples=1)
     job.metrics.write(
         "valid",
         job.progress,

@@ -15,16 +15,16 @@ class StepShape(NamedTuple):
     accumulation_steps: int
 
     def __str__(self) -> str:
-        n_devices = self.seqs_per_step // (self.micro_batch_seqs * self.accumulation_steps)
+        n_at_once = self.seqs_per_step // (self.micro_batch_seqs * self.accumulation_steps)
         return (
             f"{self.seqs_per_step} sequences a step = {self.micro_batch_seqs} a forward pass x "
-            f"{self.accumulation_steps} accumulated x {n_devices} devices"
+            f"{self.accumulation_steps} accumulated x {n_at_once} at once"
         )
 
 
 def step_shape(cfg: RunConfig) -> StepShape:
     """The largest micro batch that divides a device's share and keeps to `max_micro_batch_seqs`."""
-    seqs_per_device = cfg.train.seqs_per_step // cfg.cluster.world_size
+    seqs_per_device = cfg.train.seqs_per_step * cfg.engine.group_size // cfg.cluster.world_size
     largest = min(cfg.train.max_micro_batch_seqs, seqs_per_device)
     micro = next(n for n in range(largest, 0, -1) if seqs_per_device % n == 0)
     return StepShape(cfg.train.seqs_per_step, micro, seqs_per_device // micro)

@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from ledger.record import Ledger, gap
 from model.decoder import Decoder, count_parameters
 from model.loss import IGNORED, next_token_labels
-from model.weights import FragmentReader
+from model.weights import Columns, FragmentReader
 from train import checkpoint
 from train.dist import Rank
 from train.engine import Engine
@@ -53,8 +53,8 @@ def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_r
     reader = FragmentReader(whole)
     engine.fill(reader, updates=0)
     batches = _batches(cfg, vocab_rows)
-    turns = [_turns(number, step_shape(cfg).accumulation_steps) for number in range(rank.world_size)]
-    for turn in turns[rank.rank]:
+    turns = [_turns(number, step_shape(cfg).accumulation_steps) for number in range(rank.data_world_size)]
+    for turn in turns[rank.data_rank]:
         engine.backward(*batches[turn])
     norm, applied = engine.step(cfg.optim.lr)
     shares = [sum(mine.count(turn) for mine in turns) / sum(map(len, turns)) for turn in (0, 1)]
@@ -86,6 +86,10 @@ def _layout(cfg: RunConfig, engine: Engine) -> dict[str, Any]:
         "world_size": cfg.cluster.world_size,
         "accumulation_steps": step_shape(cfg).accumulation_steps,
         "zero_stage": cfg.engine.zero_stage,
+        "tensor_parallel": cfg.engine.tensor_parallel,
+        "sequence_parallel": cfg.engine.sequence_parallel,
+        "shard_group": cfg.engine.shard_group,
+        "recompute": cfg.engine.recompute.value,
         "precision": cfg.engine.precision.value,
         "comm_precision": cfg.engine.comm_precision.value,
         "compile": cfg.engine.compile,
@@ -136,8 +140,12 @@ def _relative_errors(engine: Engine, rank: Rank, reference: list[Tensor] | None,
     for index, (name, shape) in enumerate(engine.shapes.items()):
         expected = rank.broadcast(torch.empty(math.prod(shape)) if reference is None else reference[index].flatten())
         squares.append(float(expected.double().square().sum()))
-        mine = [(f.start, f.tensors["exp_avg"]) for f in fragments if f.name == name]
-        off = (moment / scale - expected[start : start + moment.numel()] for start, moment in mine)
+        off = []
+        for fragment in fragments:
+            columns, moment = Columns.parse(fragment.name), fragment.tensors["exp_avg"]
+            if name == (columns.name if columns else fragment.name):
+                whole = columns.of(expected) if columns else expected
+                off.append(moment / scale - whole[fragment.start : fragment.start + moment.numel()])
         off_squares.append(sum(float(part.double().square().sum()) for part in off))
     least = 1e-6 * sum(squares)
     pairs = zip(rank.sum(off_squares), squares, strict=True)
