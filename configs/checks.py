@@ -101,7 +101,7 @@ def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
         rule = "every device takes the same number of sequences in a step"
         repair = f"train.tokens_per_step={upward}, or a number of devices that divides {seqs * group}"
         yield UserError(found, rule, repair)
-    if engine.shard_group and engine.zero_stage != 3:
+    if engine.shard_group and engine.zero_stage not in (0, 3):
         found = f"engine.shard_group = {engine.shard_group} with engine.zero_stage = {engine.zero_stage}"
         rule = "only ZeRO-3 shards weights; under the other stages each device has them whole"
         yield UserError(found, rule, "engine.shard_group=0, or engine=zero3")

@@ -8,7 +8,7 @@ LanguageBalance = StrEnum("LanguageBalance", ["natural", "temperature", "uniform
 MixtureRule = StrEnum("MixtureRule", ["weights", "temperature", "unimax"])
 Packing = StrEnum("Packing", ["concat", "best_fit"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
-Recompute = StrEnum("Recompute", ["none", "selective", "full"])
+Recompute = StrEnum("Recompute", ["auto", "none", "selective", "full"])
 ScheduleName = StrEnum("ScheduleName", ["wsd", "cosine"])
 Device = StrEnum("Device", ["cpu", "cuda", "rocm"])
 """What computes. ROCm devices present themselves to PyTorch as `cuda`."""

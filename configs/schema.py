@@ -85,9 +85,9 @@ class ScheduleConfig(Section, prefix="schedule"):
 
 
 ZERO_STAGES = Rule(
-    lambda stage: stage in (1, 2, 3),
-    "1, 2 and 3 are supported",
-    "engine.zero_stage=1 for small models, 2 from about 1.5B parameters, 3 where weights do not fit whole",
+    lambda stage: stage in (0, 1, 2, 3),
+    "1, 2 and 3 are supported, and 0 chooses",
+    "engine=auto; or 1 for small models, 2 from about 1.5B parameters, 3 where weights do not fit whole",
 )
 
 
@@ -96,7 +96,7 @@ class EngineConfig(Section, prefix="engine"):
     """DeepSpeed."""
 
     zero_stage: Annotated[int, ZERO_STAGES] = MISSING
-    """1 shards the optimizer; 2 shards gradients too; 3 shards weights too."""
+    """1 shards the optimizer; 2 shards gradients too; 3 shards weights too; 0: the cheapest that fits."""
     precision: Precision = MISSING
     """bf16 computes in bf16 over fp32 master weights; gradients are accumulated in fp32 in both."""
     comm_precision: Precision = Precision.fp32
@@ -111,7 +111,7 @@ class EngineConfig(Section, prefix="engine"):
     """Devices that share each sequence (Ulysses): each has some heads in attention, and a stretch of it otherwise."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes again instead of keeping it: nothing; selective: all but the results of matrix
-    products and attention; full: whole blocks, a third more work."""
+    products and attention; full: whole blocks, a third more work; auto: the cheapest that fits."""
     compile: bool = False
     """Compile each block with torch.compile; the first step then takes a minute or more."""
     bucket_elements: PositiveInt = 100_000_000

@@ -70,10 +70,11 @@ def freeze(overrides: list[str]) -> Path:
 def plan(overrides: list[str]) -> str:
     """The plan, and the mixture as far as it can be told."""
     from configs.compose import compose
+    from marathon.layout import choose
     from marathon.plan import mixture_text, plan_text
 
-    cfg = compose(overrides)
-    print(plan_text(cfg))
+    cfg, layout = choose(compose(overrides))
+    print(plan_text(cfg), *layout, sep="\n")
     return mixture_text(cfg)
 
 

@@ -18,6 +18,7 @@ from data.files import sha256
 from ledger import host
 from ledger.record import Ledger, json_lines
 from marathon.choices import run_names
+from marathon.layout import choose
 from train.faults import refuse_if_held
 
 CHECKPOINTS = "checkpoints"
@@ -34,7 +35,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     Raises `UserError` where the run has checkpoints and a setting that decides what they are has changed, or where it
     is not there and may not be new.
     """
-    cfg = compose(overrides)
+    cfg, layout = choose(compose(overrides))
     folder = run_dir(cfg)
     frozen = folder / "config.yaml"
     if not is_new and not frozen.exists():
@@ -58,7 +59,8 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
         return cfg, folder
     refuse_if_held(folder)
     freeze(cfg, frozen)
-    facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg)}
+    print(*layout, sep="\n", end="\n" if layout else "")
+    facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg), "layout": layout}
     if changes:
         print(*told.values(), sep="\n")
         facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}

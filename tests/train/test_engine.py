@@ -227,7 +227,7 @@ def test_engines_settings_reach_deepspeed():
     cfg = config(2)
     engine = dataclasses.replace(cfg.engine, precision=Precision.bf16, zero_stage=2)
     found = deepspeed_config(dataclasses.replace(cfg, engine=engine))
-    assert SEQS == 2 * found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"]
+    assert 2 * found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] == SEQS
     assert found["data_types"]["grad_accum_dtype"] == "fp32" == found["communication_data_type"]
     assert found["zero_optimization"]["stage"] == 2
     assert found["bf16"]["enabled"]

@@ -1,15 +1,13 @@
 """Layouts that share sequences, matrices or weights among devices, against a plain loop in one process."""
 
 import dataclasses
-import itertools
 
 import pytest
 
 from configs.checks import check
 from configs.enums import Precision, Recompute
-from configs.errors import UserError
 from tests.train.ranks import run_ranks
-from tests.train.test_engine import build, config, engine_steps, plain_loop, save, weights_of
+from tests.train.test_engine import build, config, engine_steps, plain_loop, save
 
 STEPS = 20
 LAYOUTS = {
