@@ -265,6 +265,22 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def adopt(source: Path, run_dir: Path) -> None:
+    """Makes another run's checkpoint one of this run too: files linked, or copied from another file system."""
+    own = run_dir / "checkpoints" / source.name
+    shutil.copytree(source, own.with_name(f".writing-{own.name}"), copy_function=_link_or_copy)
+    own.with_name(f".writing-{own.name}").rename(own)
+    _sync(own.parent)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync(Path(target))
+
+
 def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora: Collection[str] = ()) -> None:
     """Raises `UserError` where a run is another than the checkpoint's; its corpus may have lost documents since."""
     manifest = read_manifest(checkpoint)
