@@ -267,18 +267,17 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
 
 def adopt(source: Path, run_dir: Path) -> None:
     """Makes another run's checkpoint one of this run too: files linked, or copied from another file system."""
-    own = run_dir / "checkpoints" / source.name
-    shutil.copytree(source, own.with_name(f".writing-{own.name}"), copy_function=_link_or_copy)
-    own.with_name(f".writing-{own.name}").rename(own)
-    _sync(own.parent)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        _sync(Path(target))
+    beside = run_dir / "checkpoints" / f".writing-{source.name}"
+    beside.mkdir(parents=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, beside / file.name)
+        except OSError:
+            shutil.copyfile(file, beside / file.name)
+            _sync(beside / file.name)
+    _sync(beside)
+    beside.rename(beside.with_name(source.name))
+    _sync(beside.parent)
 
 
 def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora: Collection[str] = ()) -> None:

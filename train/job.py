@@ -138,6 +138,5 @@ class Job:
                 "what is done keeps its size of a step, and the order of samples goes on behind it",
                 f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}",
             )
-        sha256 = checkpoint_sha256(source)
-        self.ledger.append("begun_from", path=str(source), sha256=sha256, step=step, tokens=tokens)
+        self.ledger.append("begun_from", path=str(source), sha256=checkpoint_sha256(source), step=step, tokens=tokens)
         adopt(source, self.run_dir)

@@ -1,7 +1,9 @@
 """What a step is, over a run: steps of growing size, z-loss, and a run that begins where another one stands."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -128,6 +130,8 @@ def test_a_run_begins_where_another_one_stands(runs, corpus):
     assert last["order_hash"] == order_hash(corpus, [Phase(**p) for p in last["phases"]], range(14 * SEQS))
 
     assert files(run_dir, 8) == files(plateau, 8)
+    own = run_dir / "checkpoints" / "step-000000008"
+    assert all(os.path.samefile(path, plateau / "checkpoints" / own.name / path.name) for path in own.iterdir())
     source = plateau / "checkpoints" / "step-000000008"
     [begun] = Ledger(run_dir).read("begun_from")
     assert (begun["path"], begun["sha256"]) == (str(source), checkpoint_sha256(source))
@@ -139,11 +143,21 @@ def test_its_first_checkpoint_is_its_own(runs, corpus):
     shutil.copytree(runs / "plateau", runs / "lent")
     begin = "train.begin_from=lent/checkpoints/step-000000008"
     settings = *DECAY, begin, "train.save_every_steps=1", "train.keep_checkpoints=1"
-    assert train(runs / "own", corpus, *settings, faults=(partial(stop_after, 2),)).status == EXIT_UNFINISHED
+    halt = no_links, partial(stop_after, 2)
+    assert train(runs / "own", corpus, *settings, faults=halt).status == EXIT_UNFINISHED
     assert [path.name for path in (runs / "own/checkpoints").iterdir()] == ["step-000000010"]
     assert files(runs / "lent", 8) == files(runs / "plateau", 8)
     shutil.rmtree(runs / "lent")
     assert train(runs / "own", corpus, *settings).status == 0
+
+
+def no_links():
+    """As between two file systems."""
+
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    os.link = refuse
 
 
 @pytest.mark.parametrize(
