@@ -73,9 +73,10 @@ def grown(tmp_path_factory, corpus):
 
 def test_a_ramp_goes_on_anywhere_on_other_devices(tmp_path, corpus, grown):
     """Stopped within its first stage and within its second."""
-    for world_size, stage, n_steps in ((2, 3, 1), (4, 1, 2), (1, 2, 9)):
+    for world_size, stage, parallel, n_steps in ((2, 3, 2, 1), (4, 1, 1, 2), (1, 2, 1, 9)):
+        layout = f"engine.zero_stage={stage}", f"engine.sequence_parallel={parallel}"
         halt, is_last = (partial(stop_after, n_steps),), n_steps == 9
-        told = train(tmp_path, corpus, *GROWING, f"engine.zero_stage={stage}", world_size=world_size, faults=halt)
+        told = train(tmp_path, corpus, *GROWING, *layout, world_size=world_size, faults=halt)
         assert told.status == (0 if is_last else EXIT_UNFINISHED), told.text
     found, expected = progress(tmp_path, 7), progress(grown, 7)
     for key in ("tokens", "order_state", "order_hash", "flops", "consumed_by_part"):
