@@ -4,7 +4,8 @@
 
 Eight shards of 100,000 documents of random tokens (log-normal lengths, 660 million tokens) are written once. A reader
 then runs in a fresh process, each of them in turns: start-up (for megatron-core first and with its cached indices),
-growth of resident memory by it, samples a second at random positions, one by one and in batches of 16.
+growth of resident memory by it, samples a second at random positions, one by one and in batches of 16, and how long a
+loop whose steps take 50 ms waits for the 64 samples of the next.
 The same once more on 10,000 shards that are links to one of them, a thousand million documents together; on the first
 1,000 of these for megatron-core, which opens and indexes each.
 
@@ -106,7 +107,23 @@ def read_marathon(kind: str, folder: Path) -> dict[str, float]:
     positions = np.random.default_rng(0).integers(0, N_SAMPLES, READ)
     found["one_by_one"] = rate(lambda i: samples[i], positions.tolist())
     found["in_batches"] = BATCH_SEQS * rate(samples.__getitems__, list(positions.reshape(-1, BATCH_SEQS)))
+    found["waited_s"] = waited_s(samples)
     return found
+
+
+def waited_s(samples: Any) -> float:
+    import torch
+
+    from data.loader import Portion, batches
+
+    portions, waits = [Portion(64 * step, 64, BATCH_SEQS) for step in range(40)], []
+    steps = batches(samples, portions, rank=0, world_size=1, device=torch.device("cpu"))
+    for _ in portions:
+        began = time.perf_counter()
+        next(steps)
+        waits.append(time.perf_counter() - began)
+        time.sleep(0.05)
+    return statistics.median(waits)
 
 
 def read_megatron(kind: str, folder: Path) -> dict[str, float]:
@@ -184,14 +201,15 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), medians of {given.repeats}\n")
-    print("| reader | start, ms | memory, MB | samples/s, one by one | in batches of 16 | M tokens/s |")
-    print("|---|---|---|---|---|---|")
+    print("| reader | start, ms | memory, MB | samples/s, one by one | in batches of 16 | M tokens/s | waits, ms |")
+    print("|---|---|---|---|---|---|---|")
     for reader in readers:
         median = {key: statistics.median(found[reader][key] for found in runs) for key in runs[0][reader]}
         samples_per_s = [median.get(key, 0) for key in ("one_by_one", "in_batches")]
         cells = [f"{1000 * median['start_s']:,.0f}", f"{median['memory_mb']:,.0f}"]
         cells += [f"{n:,.0f}" if n else "" for n in samples_per_s]
         cells += [f"{max(samples_per_s) * SEQ_LEN / 1e6:,.0f}" if max(samples_per_s) else ""]
+        cells += [f"{1000 * median['waited_s']:.2f}" if "waited_s" in median else ""]
         print(f"| {' | '.join([READERS[reader], *cells])} |")
 
 

@@ -26,11 +26,12 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
         repair = f"schedule.warmup_steps={steps // 10}, or more train.tokens"
         yield UserError(found, "the warm-up has to end before the decay begins", repair)
 
-    tokens = steps * cfg.train.tokens_per_step
+    tokens = cfg.train.first_sample(steps) * cfg.train.seq_len
     late = [phase.from_tokens for phase in cfg.mixture.phases if phase.from_tokens > tokens - cfg.train.seq_len]
     if late:
         found = f"mixture.phases from {late[0]} tokens on, of {tokens} that {steps} steps take"
-        enough = -(-(late[-1] + cfg.train.seq_len) // cfg.train.tokens_per_step) * cfg.train.tokens_per_step
+        last = cfg.train.steps_within(late[-1] + cfg.train.seq_len - 1)
+        enough = cfg.train.first_sample(last + 1) * cfg.train.seq_len
         repair = f"train.tokens={enough} or more, or 'mixture.phases=[]'"
         yield UserError(found, "a phase begins before the run ends", repair)
 
@@ -71,7 +72,7 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
 
 def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
     """How devices share the work."""
-    engine, world, seqs = cfg.engine, cfg.cluster.world_size, cfg.train.seqs_per_step
+    engine, world = cfg.engine, cfg.cluster.world_size
     group = engine.group_size
     for name, reason in (("tensor_parallel", "matrices"), ("sequence_parallel", "heads of attention")):
         size, shared = getattr(engine, name), {"model.n_head": cfg.model.n_head, "model.n_kv_head": cfg.model.n_kv_head}
@@ -92,15 +93,14 @@ def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
         )
         rule = "the devices of a group share either matrices or sequences"
         yield UserError(found, rule, "set one of both to 1: sequence_parallel for long sequences, else tensor_parallel")
-    if seqs * group % world:
-        shares = world // group
-        upward = -(-seqs // shares) * shares * cfg.train.seq_len
-        found = f"train.tokens_per_step = {cfg.train.tokens_per_step} is {seqs} sequences over {shares} " + (
-            "devices" if group == 1 else f"groups of {group} devices"
-        )
-        rule = "every device takes the same number of sequences in a step"
-        repair = f"train.tokens_per_step={upward}, or a number of devices that divides {seqs * group}"
-        yield UserError(found, rule, repair)
+    for name, size in cfg.train.step_sizes:
+        seqs, shares = size // cfg.train.seq_len, world // group
+        if seqs % shares:
+            upward = -(-seqs // shares) * shares * cfg.train.seq_len
+            devices = "devices" if group == 1 else f"groups of {group} devices"
+            found = f"{name} = {size} is {seqs} sequences over {shares} {devices}"
+            rule = "every device takes the same number of sequences in a step"
+            yield UserError(found, rule, f"{name}={upward}, or a number of devices that divides {seqs * group}")
     if engine.shard_group and engine.zero_stage not in (0, 3):
         found = f"engine.shard_group = {engine.shard_group} with engine.zero_stage = {engine.zero_stage}"
         rule = "only ZeRO-3 shards weights; under the other stages each device has them whole"

@@ -28,8 +28,11 @@ FREE_KEYS = ("mixture.weights", "mixture.sources", "mixture.max_epochs_of")
 """Settings whose keys are names of languages or sources."""
 FREE_SECTIONS = ("train.", "tasks.", "mixture.", "engine.", "faults.", "suite.", "release.", "log.", "cluster.")
 """Sections that may change under the name of a run that has begun, …"""
-FIXED = ("train.tokens_per_step", "train.seq_len", "mixture.packing")
-"""… but for what decides which samples stand at a position, and make a step."""
+FIXED = (
+    *("train.tokens_per_step", "train.batch_ramp", "train.seq_len", "train.z_loss", "train.begin_from"),
+    "mixture.packing",
+)
+"""… but for what decides first weights, which samples stand at a position and make a step, and their loss."""
 NOTHING: tuple[Any, ...] = (None, "", [])
 """A list of sections that is empty has a name of its own, one that is not has those of its sections."""
 
@@ -111,7 +114,7 @@ def is_free_to_change(key: str) -> bool:
     """Whether a setting may change under the name of a run that has begun."""
     # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
     is_place = key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path")
-    return is_place or (key.startswith(FREE_SECTIONS) and key not in FIXED)
+    return is_place or (key.startswith(FREE_SECTIONS) and not key.startswith(FIXED))
 
 
 def settings_hash(cfg: RunConfig) -> str:

@@ -10,6 +10,7 @@ Packing = StrEnum("Packing", ["concat", "best_fit"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Recompute = StrEnum("Recompute", ["auto", "none", "selective", "full"])
 ScheduleName = StrEnum("ScheduleName", ["wsd", "cosine"])
+DecayShape = StrEnum("DecayShape", ["linear", "sqrt", "cosine"])
 Device = StrEnum("Device", ["cpu", "cuda", "rocm"])
 """What computes. ROCm devices present themselves to PyTorch as `cuda`."""
 WandbMode = StrEnum("WandbMode", ["off", "offline", "online"])

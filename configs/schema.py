@@ -4,14 +4,15 @@ Values stand in the YAML groups beside this file; the rules that a field has to 
 sections in `checks.py`. Fields without a default have to come from YAML or the command line.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from omegaconf import MISSING
 
-from configs.enums import Device, Family, Precision, Recompute, ScheduleName, WandbMode
+from configs.enums import DecayShape, Device, Family, Precision, Recompute, ScheduleName, WandbMode
 from configs.rules import NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
-from configs.text import CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
+from configs.text import FACTOR, CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
 
 @dataclass
@@ -79,7 +80,10 @@ class ScheduleConfig(Section, prefix="schedule"):
     warmup_steps: NaturalInt = MISSING
     """Linear rise to the peak."""
     decay_share: Share = 0.2
-    """wsd: share of all steps, at the end, in which the rate falls linearly."""
+    """wsd: share of all steps, at the end, in which the rate falls."""
+    decay_shape: DecayShape = DecayShape.linear
+    """wsd: how it falls. linear; sqrt: 1 - sqrt(progress), fast at first, with the lowest loss of those that Haegele et
+    al. compare (arXiv 2405.18392); cosine: half a wave."""
     final_lr_share: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
@@ -127,6 +131,16 @@ class EngineConfig(Section, prefix="engine"):
 
 
 @dataclass
+class RampConfig(Section, prefix="train.batch_ramp"):
+    """A stretch of a run that has steps of another size than the run ends with."""
+
+    until_tokens: PositiveInt = MISSING
+    """It ends with the first step that reaches so many tokens, counted from the run's beginning."""
+    tokens_per_step: PositiveInt = MISSING
+    """Tokens in one optimizer step over all devices until then."""
+
+
+@dataclass
 class TrainConfig(Section, prefix="train"):
     """How much is trained, in what portions, and how often it is looked at."""
 
@@ -134,8 +148,16 @@ class TrainConfig(Section, prefix="train"):
     """Tokens to train on in all, repetitions counted."""
     tokens_per_step: PositiveInt = MISSING
     """Tokens in one optimizer step over all devices: the one batch size; the rest is derived from it."""
+    batch_ramp: list[RampConfig] = field(default_factory=list)
+    """Sizes of a step before that one, as [{until_tokens: 1_000_000_000, tokens_per_step: 1_048_576}]; none: always so.
+    What stands at a position stays; how many positions a step takes is what changes."""
     seq_len: PositiveInt = MISSING
     """Tokens in one sequence, also the context length of the exported model."""
+    z_loss: Annotated[float, FACTOR] = 0.0
+    """Factor of z-loss, 1e-4 in PaLM (model/loss.py); losses that are told stay plain nats."""
+    begin_from: str = ""
+    """Checkpoint of another run to begin from, as OTHER/checkpoints/step-000080000 in SCRATCH/runs, or its whole path;
+    empty: random weights."""
     max_micro_batch_seqs: PositiveInt = MISSING
     """Sequences a device takes in one forward pass at most; gradient accumulation makes up the rest."""
     validate_every_steps: PositiveInt = MISSING
@@ -152,32 +174,55 @@ class TrainConfig(Section, prefix="train"):
     log_every_steps: PositiveInt = 10
     """A line of metrics."""
     loader_workers: int = 0
-    """Processes that read ahead; the order of samples does not depend on it."""
+    """Processes that read; with 0 a thread does. Both read ahead, and the order of samples does not depend on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.tokens_per_step % self.seq_len == 0,
-            f"train.tokens_per_step = {self.tokens_per_step}, train.seq_len = {self.seq_len}",
-            "a step is a whole number of sequences",
-            f"train.tokens_per_step={-(-self.tokens_per_step // self.seq_len) * self.seq_len}",
-        )
-        require(
-            self.tokens >= self.tokens_per_step,
-            f"train.tokens = {self.tokens}, train.tokens_per_step = {self.tokens_per_step}",
-            "there must be at least one step",
-            f"train.tokens={self.tokens_per_step} or more",
-        )
+        for name, size in self.step_sizes:
+            found, upward = f"{name} = {size}, train.seq_len = {self.seq_len}", -(-size // self.seq_len) * self.seq_len
+            require(size % self.seq_len == 0, found, "a step is a whole number of sequences", f"{name}={upward}")
+        ends = [stage.until_tokens for stage in self.batch_ramp]
+        found, rule = f"train.batch_ramp ends at {ends} tokens", "each stage ends after the one before"
+        require(ends == sorted(set(ends)), found, rule, "until_tokens in ascending order")
+        name, size = self.step_sizes[0]
+        found = f"train.tokens = {self.tokens}, {name} = {size}"
+        require(self.steps > 0, found, "there must be at least one step", f"train.tokens={size} or more")
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all; tokens that do not fill a last step are left out."""
-        return self.tokens // self.tokens_per_step
+        return self.steps_within(self.tokens)
 
     @property
     def seqs_per_step(self) -> int:
-        """Sequences in one optimizer step over all devices."""
+        """Sequences in one optimizer step over all devices, once a ramp is over."""
         return self.tokens_per_step // self.seq_len
+
+    @property
+    def step_sizes(self) -> list[tuple[str, int]]:
+        """Setting and tokens of each size that a step has, in the order of the run."""
+        ramp = [(f"train.batch_ramp.{k}.tokens_per_step", s.tokens_per_step) for k, s in enumerate(self.batch_ramp)]
+        return [*ramp, ("train.tokens_per_step", self.tokens_per_step)]
+
+    def first_sample(self, step: int) -> int:
+        """Samples, of `seq_len` tokens, that the steps before `step` take: all that turns steps into positions."""
+        begin, sample, seqs = [stage for stage in self._stages() if stage[0] <= step][-1]
+        return sample + (step - begin) * seqs
+
+    def steps_within(self, tokens: int) -> int:
+        """Whole steps that so many tokens make."""
+        samples = tokens // self.seq_len
+        begin, sample, seqs = [stage for stage in self._stages() if stage[1] <= samples][-1]
+        return begin + (samples - sample) // seqs
+
+    def _stages(self) -> Iterator[tuple[int, int, int]]:
+        """First step, first sample, and sequences a step: of each stage of the ramp, and of what follows."""
+        step = sample = 0
+        ends = [*(stage.until_tokens for stage in self.batch_ramp), 0]
+        for end, (_, size) in zip(ends, self.step_sizes, strict=True):
+            yield step, sample, size // self.seq_len
+            n_steps = max(0, -(-(end - sample * self.seq_len) // size))
+            step, sample = step + n_steps, sample + n_steps * (size // self.seq_len)
 
 
 @dataclass

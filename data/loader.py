@@ -2,10 +2,11 @@
 
 import multiprocessing
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain, tee
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -45,6 +46,8 @@ class DocumentName(NamedTuple):
     id: str
 
 
+STEPS_AHEAD = 2
+"""Steps that are read before they are asked for: one in reserve for a file system that hiccups."""
 Piece = tuple[int, int, int]
 """A stretch of a sequence: shard of the part, first token within the shard, and end."""
 
@@ -166,33 +169,54 @@ class Samples(Dataset[Batch]):
         return [DocumentName(source, language, name) for language, source, name in names]
 
 
+class Portion(NamedTuple):
+    """What a step takes: its first sample, sequences over all ranks, and those of a micro batch of one rank."""
+
+    first_sample: int
+    seqs: int
+    micro_batch_seqs: int
+
+    def places(self, rank: int, world_size: int) -> Iterator[NDArray[np.int64]]:
+        """Samples of each micro batch of a rank; raises `ValueError` where the ranks cannot share them evenly."""
+        stride = world_size * self.micro_batch_seqs
+        if self.seqs % stride:
+            raise ValueError(f"{self.seqs} sequences do not divide into {world_size} ranks x {self.micro_batch_seqs}")
+        mine = np.arange(self.micro_batch_seqs) + rank * self.micro_batch_seqs
+        return (self.first_sample + start + mine for start in range(0, self.seqs, stride))
+
+
 def batches(
     samples: Samples,
+    portions: Iterable[Portion],
     *,
-    start_step: int,
-    n_steps: int,
-    seqs_per_step: int,
-    micro_batch_seqs: int,
     rank: int,
     world_size: int,
+    device: torch.device,
     workers: int = 0,
     skipped: Sequence[Sequence[int]] = (),
 ) -> Iterator[list[Batch]]:
-    """For each step the micro batches of this rank, from `start_step` on.
+    """For each step the micro batches of this rank, read while the steps before it are done.
 
-    Step s consists of samples s G … s G + G - 1 with G = `seqs_per_step`, whatever the ranks, workers and micro
-    batches are; sample k of the run stands at the k-th position that is not in `skipped`, sorted and disjoint
-    [start, end). `workers` processes read ahead. Raises `ValueError` where the ranks cannot share a step evenly.
+    Whatever the ranks, workers and micro batches are, a step consists of the samples of its portion; sample k of the
+    run stands at the k-th position that is not in `skipped`, sorted and disjoint [start, end). `workers` processes
+    read, or a thread, which also pins memory for an accelerator. Raises `ValueError` as `Portion.places` does.
     """
-    stride = world_size * micro_batch_seqs
-    if seqs_per_step % stride:
-        raise ValueError(f"{seqs_per_step} sequences do not divide into {world_size} ranks x {micro_batch_seqs}")
-    mine = np.arange(micro_batch_seqs) + rank * micro_batch_seqs
-    firsts = range(start_step * seqs_per_step, (start_step + n_steps) * seqs_per_step, stride)
-    wanted = (unskipped(first + mine, skipped) for first in firsts)
+    planned, again = tee([unskipped(k, skipped) for k in portion.places(rank, world_size)] for portion in portions)
+    wanted, on_device = chain.from_iterable(planned), device.type == "cuda"
     read = iter(_loader(samples, wanted, workers)) if workers else map(samples.__getitems__, wanted)
-    for _ in range(n_steps):
-        yield [next(read) for _ in range(seqs_per_step // stride)]
+    steps = ([_pinned(next(read)) if on_device else next(read) for _ in step] for step in again)
+    # A thread begins on the first device, whatever the process has chosen.
+    choose_device = (torch.cuda.set_device, (device,)) if on_device else (None, ())
+    with ThreadPoolExecutor(1, "loader", *choose_device) as reader:
+        ahead = deque(reader.submit(next, steps, None) for _ in range(STEPS_AHEAD))
+        while step := ahead.popleft().result():
+            ahead.append(reader.submit(next, steps, None))
+            yield step
+
+
+def _pinned(batch: Batch) -> Batch:
+    """With what goes to the device in memory that it reads by itself, so that the copy waits for nothing."""
+    return {**batch, "tokens": batch["tokens"].pin_memory(), "doc": batch["doc"].pin_memory()}
 
 
 def _loader(samples: Samples, wanted: Iterator[NDArray[np.int64]], workers: int) -> DataLoader[Batch]:

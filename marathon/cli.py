@@ -152,9 +152,9 @@ def trace(arguments: list[str]) -> str:
             f"its newest checkpoint is of step {progress.step}, and steps count from 1",
             f"step=1 to step={progress.step}" if progress.step else "train it first",
         )
-    corpus_dir, seqs = prepared_corpus(run_dir)["path"], cfg.train.seqs_per_step
+    corpus_dir, (first, end) = prepared_corpus(run_dir)["path"], map(cfg.train.first_sample, (step - 1, step))
     samples = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
-    positions = unskipped(np.arange((step - 1) * seqs, step * seqs), progress.skipped)
+    positions = unskipped(np.arange(first, end), progress.skipped)
     return "\n".join(
         "\t".join((source, lang, name or "(removed)")) for source, lang, name in samples.documents(positions)
     )

@@ -58,7 +58,7 @@ def activation_bytes_per_token(model: ModelConfig, bytes_each: int) -> float:
 def plan_text(cfg: RunConfig) -> str:
     """The plan as lines for the terminal."""
     rows = padded_rows(cfg.tokenizer.vocab_size)
-    tokens = cfg.train.steps * cfg.train.tokens_per_step
+    tokens = cfg.train.first_sample(cfg.train.steps) * cfg.train.seq_len
     flops = flops_per_token(cfg.model, rows, cfg.train.seq_len) * tokens
     assumed_flops_per_s = cfg.cluster.peak_tflops * 1e12 * ASSUMED_MFU
     return render(
@@ -83,7 +83,7 @@ def mixture_text(cfg: RunConfig) -> str:
         manifest = Manifest.load(corpus_dir(cfg))
     except UserError as error:
         return f"mixture       is planned when there is a corpus: {error.found}"
-    end = cfg.train.steps * cfg.train.seqs_per_step
+    end = cfg.train.first_sample(cfg.train.steps)
     available = manifest.tokens_by_part(TRAIN)
     _, mixtures = plan_phases([], cfg.mixture, available, position=0, end_position=end, seq_len=cfg.train.seq_len)
     return table(mixtures)

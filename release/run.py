@@ -24,6 +24,7 @@ from model.weights import file_sha256, list_checkpoints, load_decoder, verify_fi
 from release.verify import expect, verify_in_fresh_process
 
 PROMPTS_PER_LANGUAGE = 2
+CARD_EVENTS = ("corpus", "begun_from", "train_start", "train_end", "checkpoint")
 
 
 def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
@@ -74,7 +75,7 @@ def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Pa
 
 def write_card(cfg: RunConfig, run_dir: Path, checkpoint_sha256: str, folder: Path) -> None:
     """Writes README.md with its YAML head: a rendering of ledger and evaluations, whose words are in card.md.j2."""
-    facts = {event: Ledger(run_dir).last(event) for event in ("corpus", "train_start", "train_end", "checkpoint")}
+    facts = {event: Ledger(run_dir).last(event) for event in CARD_EVENTS}
     evaluation = next(reversed(read_results(run_dir)), None)
     template = Path(__file__).with_name("card.md.j2")
     page = render(template, cfg=cfg, checkpoint_sha256=checkpoint_sha256, evaluation=evaluation, **facts)

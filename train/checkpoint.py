@@ -265,6 +265,21 @@ def newest_usable(run_dir: Path, rank: Rank) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def adopt(source: Path, run_dir: Path) -> None:
+    """Makes another run's checkpoint one of this run too: files linked, or copied from another file system."""
+    beside = run_dir / "checkpoints" / f".writing-{source.name}"
+    beside.mkdir(parents=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, beside / file.name)
+        except OSError:
+            shutil.copyfile(file, beside / file.name)
+            _sync(beside / file.name)
+    _sync(beside)
+    beside.rename(beside.with_name(source.name))
+    _sync(beside.parent)
+
+
 def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora: Collection[str] = ()) -> None:
     """Raises `UserError` where a run is another than the checkpoint's; its corpus may have lost documents since."""
     manifest = read_manifest(checkpoint)

@@ -65,10 +65,10 @@ class OwnedFragment(NamedTuple):
 class NextTokenLoss(nn.Module):
     """What the engine differentiates: the decoder with its loss."""
 
-    def __init__(self, decoder: Decoder, n_parts: int = 1, part: int = 0) -> None:
+    def __init__(self, decoder: Decoder, n_parts: int = 1, part: int = 0, z_loss: float = 0.0) -> None:
         """Of each sequence it takes the positions of one of `n_parts` equal parts."""
         super().__init__()
-        self.decoder, self.n_parts, self.part = decoder, n_parts, part
+        self.decoder, self.n_parts, self.part, self.z_loss = decoder, n_parts, part, z_loss
 
     def forward(self, tokens_BT1: Tensor, doc_BT1: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
         """Loss to differentiate, and sum of nats with the number of labels, [2]; without documents, logits.
@@ -84,7 +84,7 @@ class NextTokenLoss(nn.Module):
         mine = slice(self.part * n, (self.part + 1) * n)
         labels_BT = labels_BT[:, mine]
         hidden_BTD = self.decoder.hidden(tokens_BT1[:, :-1], doc_BT1[:, :-1], mine)
-        loss, nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT)
+        loss, nats = summed_cross_entropy(hidden_BTD, self.decoder.output_weight, labels_BT, self.z_loss)
         return loss / labels_BT.numel(), torch.stack((nats, (labels_BT != IGNORED).sum()))
 
 
@@ -109,12 +109,19 @@ class Engine:
                 block.compile(dynamic=False)
         with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
-                model=NextTokenLoss(self.decoder, n_parts, rank.rank % n_parts),
+                model=NextTokenLoss(self.decoder, n_parts, rank.rank % n_parts, cfg.train.z_loss),
                 optimizer=adamw(self.decoder, cfg.optim),
                 config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
         self._forward_passes: list[tuple[Any, Any]] = []  # when each began and ended
+
+    def begin_step(self, n_micro_batches: int) -> None:
+        """The step that begins takes so many micro batches on each device: by their number their losses are divided."""
+        each = self.engine.train_micro_batch_size_per_gpu() * self.engine.dp_world_size
+        self.engine.set_train_batch_size(n_micro_batches * each)
+        # DeepSpeed counts on over all steps, and takes multiples of the number for their ends: after 3, the 1st of 4.
+        self.engine.micro_steps = 0
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
         """Adds a micro batch to the step's gradient; returns summed nats and number of labels, [2]."""

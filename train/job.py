@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.compose import diff, load
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data import manifest as corpus
@@ -14,8 +15,8 @@ from data.mixture import plan_phases
 from data.order import unskipped
 from ledger.record import Ledger
 from model.decoder import Decoder, flops_per_token, init_weights, padded_rows
-from model.weights import read_manifest
-from train.checkpoint import Saver, newest_usable, remove_unfinished, require_identity
+from model.weights import checkpoint_sha256, read_manifest, verify_files
+from train.checkpoint import Saver, adopt, newest_usable, remove_unfinished, require_identity
 from train.dist import Rank
 from train.engine import Engine
 from train.faults import JobClock, StopSignals, Watchdog
@@ -55,8 +56,8 @@ class Job:
             found.phases,
             cfg.mixture,
             manifest.tokens_by_part(TRAIN),
-            position=int(unskipped(found.step * cfg.train.seqs_per_step, found.skipped)),
-            end_position=cfg.train.steps * cfg.train.seqs_per_step,
+            position=int(unskipped(cfg.train.first_sample(found.step), found.skipped)),
+            end_position=cfg.train.first_sample(cfg.train.steps),
             seq_len=cfg.train.seq_len,
         )
 
@@ -94,6 +95,11 @@ class Job:
         if self.rank.is_first:
             remove_unfinished(self.run_dir)
         found, complaints = newest_usable(self.run_dir, self.rank)
+        if found is None and not complaints and self.cfg.train.begin_from:
+            source = self.run_dir.parent / self.cfg.train.begin_from
+            self.rank.together(lambda: self._verify_source(source))
+            self.rank.first_does(lambda: self._adopt(source, identity, earlier_corpora))
+            return self.run_dir / "checkpoints" / source.name
 
         def judge() -> None:
             for complaint in complaints:
@@ -110,3 +116,27 @@ class Job:
 
         self.rank.first_does(judge)
         return found
+
+    def _verify_source(self, source: Path) -> None:
+        try:
+            verify_files(source, self.rank.rank, self.rank.world_size)
+        except UserError as error:
+            raise UserError(f"train.begin_from: {error.found}", error.rule, "another checkpoint of that run") from None
+
+    def _adopt(self, source: Path, identity: dict[str, Any], earlier_corpora: list[str]) -> None:
+        """Makes another run's checkpoint the first of this one; `UserError` where it is not what this run is to be."""
+        train, progress = self.cfg.train, read_manifest(source)["progress"]
+        require_identity(source, identity, earlier_corpora)
+        theirs = load(source.parents[1] / "config.yaml")
+        if other := [key for key in diff(theirs, self.cfg) if key.startswith("model.")]:
+            found = f"{', '.join(other)} differ from what {source} was trained with"
+            raise UserError(found, "train.begin_from takes weights as they are", "the model of that run")
+        step, tokens = progress["step"], progress["tokens"]
+        if (here := train.first_sample(step) * train.seq_len) != tokens:
+            raise UserError(
+                f"{step} steps of this run take {here} tokens, those of {source} took {tokens}",
+                "what is done keeps its size of a step, and the order of samples goes on behind it",
+                f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}",
+            )
+        self.ledger.append("begun_from", path=str(source), sha256=checkpoint_sha256(source), step=step, tokens=tokens)
+        adopt(source, self.run_dir)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data.loader import batches
+from data.loader import Portion, batches
 from data.order import OrderHash, by_language, by_source, unskipped
 from eval.validation import bits_per_byte, gather_scores, mean_bpb, score_documents
 from train.checkpoint import newest_usable, restore
@@ -16,7 +16,7 @@ from train.faults import is_spike, refuse_bad_numbers
 from train.job import Job
 from train.metrics import memory_gib
 from train.progress import Progress
-from train.schedule import learning_rate
+from train.schedule import learning_rate, step_shape
 
 
 @dataclass
@@ -24,7 +24,10 @@ class Window:
     """Sums over the steps since the last line of metrics; of the seconds, without validating and saving."""
 
     steps: int = 0
+    tokens: int = 0
     seconds: float = 0.0
+    data_s: float = 0.0  # of the seconds, those in which this rank waited for its batches
+    starved_steps: int = 0  # in which that took more than a hundredth
     nats: float = 0.0
     labels: float = 0.0
 
@@ -52,16 +55,15 @@ def _train_until_spike(job: Job) -> bool:
     consumed, window, resumed_s = OrderHash(len(job.samples.parts)), Window(), time.perf_counter()
     for micro_batches in batches(
         job.samples,
-        start_step=progress.step,
-        n_steps=cfg.steps - progress.step,
-        seqs_per_step=job.shape.seqs_per_step,
-        micro_batch_seqs=job.shape.micro_batch_seqs,
+        (Portion(cfg.first_sample(n), *step_shape(job.cfg, n)[:2]) for n in range(progress.step, cfg.steps)),
         rank=rank.data_rank,
         world_size=rank.data_world_size,
+        device=rank.device,
         workers=cfg.loader_workers,
         skipped=progress.skipped,
     ):
         began_s = time.perf_counter()
+        job.engine.begin_step(len(micro_batches))
         counts = torch.zeros(2, dtype=torch.float64, device=rank.device)
         for micro_batch in micro_batches:
             counts += job.engine.backward(micro_batch["tokens"], micro_batch["doc"])
@@ -71,8 +73,9 @@ def _train_until_spike(job: Job) -> bool:
         grad_norm, applied = job.engine.step(progress.lr)
         progress.step += 1
         progress.updates += applied
-        progress.tokens += cfg.tokens_per_step
-        progress.flops += cfg.tokens_per_step * job.flops_per_token
+        tokens = cfg.seq_len * (cfg.first_sample(progress.step) - cfg.first_sample(progress.step - 1))
+        progress.tokens += tokens
+        progress.flops += tokens * job.flops_per_token
         job.metrics.terminal.advance()
 
         # What the ranks have to agree on, in one message.
@@ -83,10 +86,13 @@ def _train_until_spike(job: Job) -> bool:
         ended_s = time.perf_counter()
         progress.device_s += (ended_s - resumed_s) * rank.world_size
 
-        if _begins_phase(progress, job.shape.seqs_per_step):
+        if _begins_phase(job):
             progress.losses = []  # with other text the loss is another, which is no spike
         window.steps += 1
+        window.tokens += tokens
         window.seconds += ended_s - resumed_s
+        window.data_s += began_s - resumed_s
+        window.starved_steps += began_s - resumed_s > 0.01 * (ended_s - resumed_s)
         if not applied:
             _note_skipped_step(job, grad_norm)
         elif is_spike(loss, progress.losses, job.cfg.faults):
@@ -117,10 +123,16 @@ def _train_until_spike(job: Job) -> bool:
     return True
 
 
-def _begins_phase(progress: Progress, seqs_per_step: int) -> bool:
+def _begins_phase(job: Job) -> bool:
     """Whether the step that was just done has drawn the first samples of a later phase."""
-    first, last = unskipped([(progress.step - 1) * seqs_per_step, progress.step * seqs_per_step - 1], progress.skipped)
-    return any(first <= phase.from_position <= last for phase in progress.phases[1:])
+    first, last = _positions(job, job.progress.step - 1, job.progress)
+    return any(first <= phase.from_position <= last for phase in job.progress.phases[1:])
+
+
+def _positions(job: Job, from_step: int, progress: Progress) -> list[int]:
+    """First and last position of the steps from `from_step` on, up to where `progress` stands."""
+    first, end = (job.cfg.train.first_sample(step) for step in (from_step, progress.step))
+    return [int(position) for position in unskipped([first, end - 1], progress.skipped)]
 
 
 def _note_skipped_step(job: Job, grad_norm: float) -> None:
@@ -134,9 +146,10 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
 
 def _log(job: Job, window: Window, grad_norm: float) -> None:
     progress, rank = job.progress, job.rank
-    tokens_per_s = window.steps * job.cfg.train.tokens_per_step / window.seconds
-    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device), rank.host))
-    forward_s, used_gib, hosts = zip(*of_ranks, strict=True)
+    tokens_per_s = window.tokens / window.seconds
+    waited = window.data_s, window.starved_steps
+    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device), rank.host, *waited))
+    forward_s, used_gib, hosts, data_s, starved_steps = zip(*of_ranks, strict=True)
     job.metrics.write(
         "train",
         progress,
@@ -147,6 +160,8 @@ def _log(job: Job, window: Window, grad_norm: float) -> None:
         mfu=job.flops_per_token * tokens_per_s / (rank.world_size * job.peak_flops),
         memory_gib=max(used_gib),
         step_s=window.seconds / window.steps,
+        data_s=max(data_s),
+        starved_steps=max(starved_steps),
         skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
         slowest=hosts[forward_s.index(max(forward_s))],
     )
@@ -195,7 +210,7 @@ def _rewind(job: Job) -> None:
 
     Raises `UserError` where the run has gone back too often, or there is no checkpoint.
     """
-    old, faults, seqs = job.progress, job.cfg.faults, job.shape.seqs_per_step
+    old, faults = job.progress, job.cfg.faults
     *before, loss = old.losses
     if old.rewinds >= faults.max_rewinds:
         raise UserError(
@@ -212,7 +227,7 @@ def _rewind(job: Job) -> None:
         )
     restored = restore(target, job.engine, job.rank, job.cfg.seed)
     first_step = max(old.step - faults.spike_skip_steps, restored.step)
-    first, last = unskipped([first_step * seqs, old.step * seqs - 1], old.skipped).tolist()
+    first, last = _positions(job, first_step, old)
     # Ranges stay sorted and disjoint: the new one takes in those that it touches.
     touched = [(start, end) for start, end in old.skipped if start <= last + 1 and first <= end]
     starts, ends = zip(*touched, (first, last + 1), strict=True)

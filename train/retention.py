@@ -39,7 +39,7 @@ def require_space(run_dir: Path, cfg: RunConfig, vocab_rows: int, from_step: int
         raise UserError(
             f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {from_step}",
             "a run may be made longer, or end where it stands",
-            f"train.tokens={from_step * cfg.train.tokens_per_step} or more",
+            f"train.tokens={cfg.train.first_sample(from_step) * cfg.train.seq_len} or more",
         )
     train, each, free = cfg.train, checkpoint_bytes(cfg, vocab_rows), shutil.disk_usage(run_dir).free
     present = list(_by_step(run_dir))

@@ -64,13 +64,14 @@ def _announce(job: Job) -> None:
         say(f"the mixture changes at position {at:,}:")
         later = [asdict(phase) for phase in phases if phase.from_position >= at]
         ledger.append("mixture_phase", step=progress.step, from_position=at, phases=later)
-    if (lost := progress.ledger_bytes - ledger.n_bytes) > 0:
+    is_own = ledger.last("begun_from", step=progress.step) is None
+    if is_own and (lost := progress.ledger_bytes - ledger.n_bytes) > 0:
         ledger.append("ledger_short", lost=gap(f"{lost} bytes that stood here when step {progress.step} was saved"))
         say(f"warning: the ledger is {lost} bytes shorter than when step {progress.step} was saved")
-    parameters = count_parameters(cfg.model, job.vocab_rows)
+    parameters, sizes = count_parameters(cfg.model, job.vocab_rows), [f"{n:,}" for _, n in cfg.train.step_sizes]
     say(table(job.mixtures))
     say(
-        f"{parameters:,} parameters, {cfg.train.steps} steps of {cfg.train.tokens_per_step:,} tokens: {job.shape}\n"
+        f"{parameters:,} parameters, {cfg.train.steps} steps of {', then '.join(sizes)} tokens: {job.shape}\n"
         f"{MFU_FORMULA}; {job.flops_per_token:,.0f} FLOPs per token; peak {job.peak_flops / 1e12:.3g} TFLOP/s a device "
         f"({cfg.cluster.peak_source})"
     )

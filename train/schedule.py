@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from configs.enums import ScheduleName
+from configs.enums import DecayShape, ScheduleName
 from configs.schema import OptimConfig, RunConfig, ScheduleConfig
 
 
@@ -22,27 +22,33 @@ class StepShape(NamedTuple):
         )
 
 
-def step_shape(cfg: RunConfig) -> StepShape:
-    """The largest micro batch that divides a device's share and keeps to `max_micro_batch_seqs`."""
-    seqs_per_device = cfg.train.seqs_per_step * cfg.engine.group_size // cfg.cluster.world_size
-    largest = min(cfg.train.max_micro_batch_seqs, seqs_per_device)
+def step_shape(cfg: RunConfig, step: int | None = None) -> StepShape:
+    """Of step `step`, or once a ramp is over: the largest micro batch that divides a device's share and is allowed."""
+    train = cfg.train
+    seqs = train.seqs_per_step if step is None else train.first_sample(step + 1) - train.first_sample(step)
+    seqs_per_device = seqs * cfg.engine.group_size // cfg.cluster.world_size
+    largest = min(train.max_micro_batch_seqs, seqs_per_device)
     micro = next(n for n in range(largest, 0, -1) if seqs_per_device % n == 0)
-    return StepShape(cfg.train.seqs_per_step, micro, seqs_per_device // micro)
+    return StepShape(seqs, micro, seqs_per_device // micro)
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
     """Rate of step `step` (0 is the first) of `steps`.
 
     Warm-up rises linearly to the peak, which the first step after it has. wsd (Hu et al. 2024, MiniCPM) stays there and
-    falls linearly over the last `decay_share` of all steps; cosine falls all the way. The floor, `final_lr_share` of
-    the peak, would be met one step after the last.
+    falls over the last `decay_share` of all steps; cosine falls all the way. The floor, `final_lr_share` of the peak,
+    would be met one step after the last.
     """
     if step < schedule.warmup_steps:
         return optim.lr * (step + 1) / (schedule.warmup_steps + 1)
     if schedule.name is ScheduleName.wsd:
-        decay_steps = round(schedule.decay_share * steps)
-        height = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+        begin, shape = steps - round(schedule.decay_share * steps), schedule.decay_shape
     else:
-        progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
-        height = (1 + math.cos(math.pi * progress)) / 2
+        begin, shape = schedule.warmup_steps, DecayShape.cosine
+    progress = (step - begin) / (steps - begin) if step > begin else 0.0
+    height = {
+        DecayShape.linear: 1 - progress,
+        DecayShape.sqrt: 1 - math.sqrt(progress),
+        DecayShape.cosine: (1 + math.cos(math.pi * progress)) / 2,
+    }[shape]
     return optim.lr * (schedule.final_lr_share + (1 - schedule.final_lr_share) * height)

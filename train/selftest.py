@@ -130,7 +130,8 @@ def _reference(
         labels_BT = next_token_labels(tokens_BT1, doc_BT1)
         logits_PV = decoder(tokens_BT1[:, :-1], doc_BT1[:, :-1]).flatten(0, 1)
         nats = F.cross_entropy(logits_PV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-        torch.autograd.backward(share * nats / labels_BT.numel())
+        squares = logits_PV[labels_BT.flatten() != IGNORED].logsumexp(1).square().sum()
+        torch.autograd.backward(share * (nats + cfg.train.z_loss * squares) / labels_BT.numel())
     return [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
 
 

@@ -58,6 +58,16 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         (["engine.precision=bf17"], "bf17", "must fit its field"),
         (["train.tokens_per_step=4000"], "4000", "train.tokens_per_step=4096"),
         (["cluster.devices_per_node=3"], "16 sequences over 3 devices", "train.tokens_per_step=4608"),
+        (["train.batch_ramp=[{until_tokens:9000,tokens_per_step:1000}]"], "tokens_per_step = 1000", "=1024"),
+        (["train.batch_ramp=[{until_tokens:9000,tokens_per_step:768}]"], "is 3 sequences over 2 devices", "=1024"),
+        (
+            ["train.batch_ramp=[{until_tokens:9,tokens_per_step:512},{until_tokens:9,tokens_per_step:512}]"],
+            "ends at [9, 9] tokens",
+            "after the one before",
+        ),
+        (["train.batch_ramp=[{tokens_per_step:512}]"], "train.batch_ramp[0].until_tokens", "no default"),
+        (["train.z_loss=-1"], "train.z_loss = -1", "negative"),
+        (["schedule.decay_shape=cubic"], "cubic", "must fit its field"),
         (["engine.zero_stage=4"], "engine.zero_stage = 4", "1, 2 and 3 are supported"),
         (["name=a/b"], "name = 'a/b'", "letters, digits"),
         (["optim.lr=-1"], "optim.lr = -1", "greater than 0"),
@@ -188,6 +198,9 @@ def test_a_difference_is_told_by_its_dotted_name():
     assert not is_free_to_change("optim.lr")
     assert is_free_to_change("log.wandb")
     assert not is_free_to_change("train.tokens_per_step")
+    assert not is_free_to_change("train.batch_ramp.0.until_tokens")
+    assert not is_free_to_change("train.z_loss")
+    assert not is_free_to_change("train.begin_from")
     assert is_free_to_change("train.tokens")
     assert is_free_to_change("corpus.sources.udhr.path")
     assert settings_hash(old) != settings_hash(new)

@@ -1,6 +1,8 @@
 import dataclasses
 import multiprocessing
 import pickle
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from data.loader import Batch, DocumentName, Samples, batches
+from data.loader import STEPS_AHEAD, Batch, DocumentName, Portion, Samples, batches
 from data.manifest import TRAIN, Manifest
 from data.order import CYCLE, OrderHash, Phase, unskipped
 from data.shards import Shard, read_sidecar
-from model.decoder import IGNORED, next_token_labels
+from model.loss import IGNORED, next_token_labels
 from tests.data.corpora import BOS, EOS, Ids, write_corpus
 
 SEQ_LEN, SEQS_PER_STEP = 64, 24
@@ -51,19 +53,9 @@ def read(
     start: int = 3,
     skipped: Sequence[Sequence[int]] = (),
 ) -> list[list[Batch]]:
-    return list(
-        batches(
-            samples,
-            start_step=start,
-            n_steps=4,
-            seqs_per_step=SEQS_PER_STEP,
-            micro_batch_seqs=micro,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-            skipped=skipped,
-        )
-    )
+    portions = [Portion(step * SEQS_PER_STEP, SEQS_PER_STEP, micro) for step in range(start, start + 4)]
+    shares = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
+    return list(batches(samples, portions, **shares, workers=workers, skipped=skipped))  # type: ignore[arg-type]
 
 
 def ids_of(steps: list[list[Batch]]) -> list[list[int]]:
@@ -236,3 +228,47 @@ def test_documents_are_named_across_shards_and_around_the_circle(corpus: Path, s
     for positions in (range(n), [n - 1], [0, 0, n]):
         assert samples.documents(positions) == touched(corpus, samples, positions)
     assert len(samples.documents(range(n))) == 30 + 2 + 9
+
+
+def test_a_step_may_take_more_than_the_one_before(samples: Samples) -> None:
+    """Sizes and micro batches change from step to step, and every position comes once and in its step."""
+    portions = [Portion(24, 6, 3), Portion(30, 6, 1), Portion(36, 24, 4), Portion(60, 12, 6)]
+    for workers in (0, 2):
+        ranks = [
+            list(batches(samples, iter(portions), rank=rank, world_size=2, device=torch.device("cpu"), workers=workers))
+            for rank in range(2)
+        ]
+        for portion, *of_ranks in zip(portions, *ranks, strict=True):
+            found = [int(i) for of_rank in of_ranks for batch in of_rank for i in batch["position"]]
+            assert sorted(found) == list(range(portion.first_sample, portion.first_sample + portion.seqs))
+            assert {len(batch["tokens"]) for of_rank in of_ranks for batch in of_rank} == {portion.micro_batch_seqs}
+
+
+def test_steps_are_read_before_they_are_asked_for_but_not_all_of_them(samples: Samples) -> None:
+    wanted: list[int] = []
+    portions = (Portion(wanted.append(step) or step * 2, 2, 1) for step in range(100))  # type: ignore[func-returns-value]
+    steps = batches(samples, portions, rank=0, world_size=1, device=torch.device("cpu"))
+    for n in range(1, 5):
+        next(steps)
+        deadline = time.monotonic() + 30
+        while len(wanted) < n + STEPS_AHEAD and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert wanted == list(range(n + STEPS_AHEAD))
+    steps.close()  # type: ignore[attr-defined]
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+def test_what_cannot_be_read_is_told_where_the_loop_asks_for_it(samples: Samples) -> None:
+    def read_but_one(places: NDArray[np.int64]) -> Batch:
+        if 4 in places:
+            raise UserError("a shard", "is damaged", "bring it back")
+        return samples.__getitems__(places)
+
+    class Damaged:
+        __getitems__ = staticmethod(read_but_one)
+
+    portions = [Portion(step * 2, 2, 2) for step in range(5)]
+    steps = batches(Damaged(), portions, rank=0, world_size=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert [batch["position"].tolist() for batch in [*next(steps), *next(steps)]] == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match="is damaged"):
+        next(steps)

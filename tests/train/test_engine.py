@@ -50,8 +50,8 @@ def fresh_decoder(cfg):
     return decoder
 
 
-def plain_loop(n_steps):
-    """AdamW with clipping, written out; the reference of every engine."""
+def plain_loop(n_steps, sizes=None):
+    """AdamW with clipping, written out; the reference of every engine. `sizes`: sequences of each step."""
     cfg = config(1)
     decoder = fresh_decoder(cfg)
     matrices = [p for n, p in decoder.named_parameters() if p.ndim == 2 and n != "embedding.weight"]
@@ -60,10 +60,11 @@ def plain_loop(n_steps):
     optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
     told = []
     for step in range(n_steps):
-        tokens, doc = step_data(step)
+        n_seqs = sizes[step] if sizes else SEQS
+        tokens, doc = (whole[:n_seqs] for whole in step_data(step))
         logits, labels = decoder(tokens[:, :-1], doc[:, :-1]), next_token_labels(tokens, doc)
         nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        (nats / (SEQS * SEQ_LEN)).backward()
+        (nats / (n_seqs * SEQ_LEN)).backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), cfg.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
