@@ -111,7 +111,7 @@ def is_free_to_change(key: str) -> bool:
     """Whether a setting may change under the name of a run that has begun."""
     # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
     is_place = key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path")
-    return is_place or (key.startswith(FREE_SECTIONS) and key not in FIXED)
+    return is_place or key == "profile" or (key.startswith(FREE_SECTIONS) and key not in FIXED)
 
 
 def settings_hash(cfg: RunConfig) -> str:

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +17,19 @@ from train.checkpoint import newest_usable, restore
 from train.faults import is_spike, refuse_bad_numbers
 from train.job import Job
 from train.metrics import memory_gib
+from train.profile import profile_steps
 from train.progress import Progress
 from train.schedule import learning_rate
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line of metrics; of the seconds, without validating and saving."""
+    """Sums since the last line of metrics; seconds are without validating and saving, joules with them."""
 
     steps: int = 0
     seconds: float = 0.0
+    data_s: float = 0.0
+    joules: Any = 0.0
     nats: float = 0.0
     labels: float = 0.0
 
@@ -39,16 +44,20 @@ def begin(job: Job) -> None:
 
 def train(job: Job) -> bool:
     """Trains from `job.progress` to the last step, which is True, or to where it was asked to stop and has saved."""
-    while not _train_until_spike(job):
+    job.engine.timer.read()  # what self-test and first validation took
+    _count_joules(job)
+    end_step = profile_steps(job)
+    while not _train_until_spike(job, end_step):
         job.saver.wait()
         _rewind(job)
     job.saver.finish()
+    _count_joules(job)
     return job.progress.step == job.cfg.train.steps
 
 
-def _train_until_spike(job: Job) -> bool:
+def _train_until_spike(job: Job, end_step: Callable[[], object]) -> bool:
     """Whether it has come to its end; if not, the loss has jumped."""
-    cfg, progress, rank = job.cfg.train, job.progress, job.rank
+    cfg, progress, rank, timer = job.cfg.train, job.progress, job.rank, job.engine.timer
     consumed, window, resumed_s = OrderHash(len(job.samples.parts)), Window(), time.perf_counter()
     for micro_batches in batches(
         job.samples,
@@ -62,6 +71,7 @@ def _train_until_spike(job: Job) -> bool:
         skipped=progress.skipped,
     ):
         began_s = time.perf_counter()
+        window.data_s += began_s - resumed_s
         counts = torch.zeros(2, dtype=torch.float64, device=rank.device)
         for micro_batch in micro_batches:
             counts += job.engine.backward(micro_batch["tokens"], micro_batch["doc"])
@@ -77,7 +87,8 @@ def _train_until_spike(job: Job) -> bool:
 
         # What the ranks have to agree on, in one message.
         leave = job.signals.received is not None or (rank.is_first and job.clock.is_over())
-        nats, labels, n_leaving, *votes = rank.sum([*counts.tolist(), leave, *job.saver.votes])
+        with timer.part("communication"):
+            nats, labels, n_leaving, *votes = rank.sum([*counts.tolist(), leave, *job.saver.votes])
         job.saver.advance(*votes)
         loss, last, stop = nats / labels, progress.step == cfg.steps, n_leaving > 0
         ended_s = time.perf_counter()
@@ -107,10 +118,14 @@ def _train_until_spike(job: Job) -> bool:
         save = last or stop or progress.step % cfg.save_every_steps == 0
         if validate or save:
             _count_consumed(job, consumed)
+            window.joules += _count_joules(job)
         if save:
-            job.saver.begin(progress)
+            with timer.part("checkpoint"):
+                job.saver.begin(progress)
         if validate:
-            _validate(job)
+            with timer.part("validation"):
+                _validate(job)
+        end_step()
         if stop:
             return True
         resumed_s = time.perf_counter()
@@ -134,9 +149,14 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
 
 def _log(job: Job, window: Window, grad_norm: float) -> None:
     progress, rank = job.progress, job.rank
-    tokens_per_s = window.steps * job.cfg.train.tokens_per_step / window.seconds
-    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device), rank.host))
-    forward_s, used_gib, hosts = zip(*of_ranks, strict=True)
+    tokens = window.steps * job.cfg.train.tokens_per_step
+    tokens_per_s = tokens / window.seconds
+    flops_per_s = job.flops_per_token * tokens_per_s / rank.world_size
+    split_s = job.engine.timer.read() | {"data": window.data_s}
+    of_ranks = rank.gather((split_s, memory_gib(rank.device), rank.host))
+    splits, used_gib, hosts = zip(*of_ranks, strict=True)
+    forward_s = [split["forward"] for split in splits]
+    joules = (window.joules + _count_joules(job)) / tokens
     job.metrics.write(
         "train",
         progress,
@@ -144,12 +164,26 @@ def _log(job: Job, window: Window, grad_norm: float) -> None:
         lr=progress.lr,
         grad_norm=grad_norm,
         tokens_per_s=tokens_per_s,
-        mfu=job.flops_per_token * tokens_per_s / (rank.world_size * job.peak_flops),
+        tokens_per_s_per_device=tokens_per_s / rank.world_size,
+        mfu=flops_per_s / job.peak_flops,
+        **({"mfu_derived": flops_per_s / 1e12 / derived} if (derived := job.cfg.cluster.peak_tflops_derived) else {}),
         memory_gib=max(used_gib),
         step_s=window.seconds / window.steps,
+        window_s=window.seconds,
+        split_s={part: float(np.mean([split[part] for split in splits])) for part in split_s},
+        joules_per_token_devices=joules[0],
+        joules_per_token_nodes=joules[1],
         skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
         slowest=hosts[forward_s.index(max(forward_s))],
     )
+
+
+def _count_joules(job: Job) -> Any:
+    """Joules of all nodes since the last reading, by boundary, which `job.progress` takes in; collective."""
+    seconds, gained_j = job.meter.read()
+    joules = np.array(job.rank.sum(gained_j))
+    job.progress.spent.add(seconds, joules.tolist())
+    return joules
 
 
 def _count_consumed(job: Job, here: OrderHash) -> None:
@@ -224,6 +258,7 @@ def _rewind(job: Job) -> None:
         phases=old.phases,  # what stands at a position; the checkpoint may be older than the newest of them
         flops=old.flops,  # spent all the same, as the time of devices
         device_s=old.device_s,
+        spent=old.spent,
     )
     if job.rank.is_first:
         job.ledger.append(

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.order import Phase
+from ledger.energy import Spent
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Progress:
     """Operations of forward and backward so far."""
     device_s: float = 0.0
     """Seconds of stepping so far, times devices."""
+    spent: Spent = field(default_factory=Spent)
+    """Joules so far. As with seconds of devices, a kill loses what came after the last checkpoint, a rewind nothing."""
     ledger_bytes: int = 0
     """Length of the ledger when this was saved."""
 
@@ -59,4 +62,5 @@ class Progress:
         """From the entry of a manifest."""
         phases = [Phase(**phase) for phase in found["phases"]]
         skipped = [(first, end) for first, end in found["skipped"]]
-        return cls(**{**found, "phases": phases, "skipped": skipped})
+        spent = Spent(**found.get("spent", {}))
+        return cls(**{**found, "phases": phases, "skipped": skipped, "spent": spent})

@@ -91,6 +91,7 @@ def _announce(job: Job) -> None:
         peak_tflops=job.peak_flops / 1e12,
         peak_source=cfg.cluster.peak_source,
         mfu_formula=MFU_FORMULA,
+        energy_meters=job.meter.sources,
         hardware=host.hardware(),
         software=host.software(),
         commit=host.commit(),
@@ -100,7 +101,7 @@ def _announce(job: Job) -> None:
 
 
 def _record_end(job: Job, finished: bool) -> None:
-    progress = job.progress
+    progress, cluster = job.progress, job.cfg.cluster
     out_of_time = "the end of the job's time" if job.clock.is_over() else "a signal to another rank"
     reason = job.signals.received or out_of_time
     job.ledger.append(
@@ -110,7 +111,7 @@ def _record_end(job: Job, finished: bool) -> None:
         tokens=progress.tokens,
         flops=progress.flops,
         device_hours=progress.device_s / 3600,
-        energy_kwh=gap("no energy meter is read by this version"),
+        energy=progress.spent.record(progress.tokens, job.meter.sources, cluster.pue if cluster.pue_source else 0),
         skipped_steps=progress.skipped_steps,
         rewinds=progress.rewinds,
         order_hash=progress.order_hash,
