@@ -4,9 +4,8 @@ import ctypes
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +13,25 @@ from typing import Any
 from ledger.record import gap
 
 BOUNDARIES = ("devices", "nodes")
-SAMPLE_EVERY_S = 10.0
-"""RAPL's counters may begin again every four minutes: 65 kJ at 280 W."""
-HIGHEST_W = 2000.0
-"""What no processor draws: a counter that would have gone round with more than this was reset."""
+SAMPLE_EVERY_S, MOST_J = 10.0, 20_000.0
+"""RAPL's counters may begin again every four minutes, 65 kJ at 280 W; between two readings no processor takes 20 kJ."""
 
 
 class Counter:
     """Grows with the energy used, and begins again at 0: after `range_j`, or when it is reset."""
 
     def __init__(self, read_j: Callable[[], float], range_j: float = math.inf) -> None:
-        self.read_j, self.range_j, self.last_j, self.last_s = read_j, range_j, read_j(), time.monotonic()
+        self.read_j, self.range_j, self.last_j = read_j, range_j, read_j()
 
     def gained_j(self) -> float:
         """Joules since the last call; NaN where the counter was reset meanwhile, or could not be read."""
-        last_s, last_j, self.last_s, self.last_j = self.last_s, self.last_j, time.monotonic(), math.nan
+        last_j, self.last_j = self.last_j, math.nan
         with suppress(OSError, ValueError):
             self.last_j = self.read_j()
-        gained_j = self.last_j - last_j
-        if gained_j < 0:
-            gained_j += self.range_j
-            return gained_j if gained_j <= HIGHEST_W * (self.last_s - last_s) else math.nan
-        return gained_j
+        if not self.last_j < last_j:
+            return self.last_j - last_j
+        gained_j = self.last_j - last_j + self.range_j
+        return gained_j if gained_j <= MOST_J else math.nan
 
 
 class Meter:
@@ -46,7 +42,7 @@ class Meter:
     """
 
     def __init__(self, devices: Sequence[str], root: Path = Path("/")) -> None:
-        found = {b: _first_that_counts(b, devices, root) for b in BOUNDARIES if devices}
+        found = {b: _first_that_counts(_meters(b, devices, root)) for b in BOUNDARIES if devices}
         self.sources = {boundary: source for boundary, (source, _) in found.items()}
         self._counters = {boundary: counters for boundary, (_, counters) in found.items()}
         self._gained_j, self._lock, self._read_s = dict.fromkeys(BOUNDARIES, 0.0), threading.Lock(), time.monotonic()
@@ -54,64 +50,39 @@ class Meter:
 
     def read(self) -> tuple[float, list[float]]:
         """Seconds since the last reading, and joules by boundary, NaN where they are not known."""
+        self._sample()
         with self._lock:
-            self._sample()
             before_s, self._read_s = self._read_s, time.monotonic()
             gained_j, self._gained_j = self._gained_j, dict.fromkeys(BOUNDARIES, 0.0)
         return self._read_s - before_s, list(gained_j.values())
 
+    def _sample(self) -> None:
+        with self._lock:
+            for boundary, counters in self._counters.items():
+                self._gained_j[boundary] += sum(c.gained_j() for c in counters) if counters else math.nan
+
     def _sample_on(self) -> None:
         while True:
             time.sleep(SAMPLE_EVERY_S)
-            with self._lock:
-                self._sample()
-
-    def _sample(self) -> None:
-        for boundary, counters in self._counters.items():
-            self._gained_j[boundary] += sum(counter.gained_j() for counter in counters) if counters else math.nan
+            self._sample()
 
 
-@dataclass
-class Spent:
-    """Joules of a run by boundary, and for how many of its seconds they were read; stands in its checkpoints."""
-
-    seconds: float = 0.0
-    joules: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BOUNDARIES, 0.0))
-    metered_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BOUNDARIES, 0.0))
-
-    def add(self, seconds: float, joules: Sequence[float]) -> None:
-        """Joules of all nodes by boundary; where they are NaN, these seconds were not metered."""
-        self.seconds += seconds
-        for boundary, gained_j in zip(BOUNDARIES, joules, strict=True):
-            if math.isfinite(gained_j):
-                self.joules[boundary] += gained_j
-                self.metered_s[boundary] += seconds
-
-    def record(self, tokens: int, meters: dict[str, str], pue: float) -> dict[str, dict[str, Any]]:
-        """What ledger, card and report say of each boundary; joules a token are those of the time that was metered."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, boundary, factor in (("devices", "devices", 1), ("nodes", "nodes", 1), ("facility", "nodes", pue)):
-            share, joules = self.metered_s[boundary] / (self.seconds or 1), self.joules[boundary] * factor
-            rate = {"joules_per_token": joules / (tokens * share or 1), "metered_share": share}
-            missing = "the cluster's YAML states no PUE" if share else meters[boundary].removeprefix("GAP: ")
-            facts = {"kwh": joules / 3.6e6, **rate, "meter": meters[boundary]}
-            found[name] = facts if share and factor else {"kwh": gap(missing)}
-        return found
+def record(joules: Sequence[float], metered_s: Sequence[float], tokens: int, meters: dict[str, str], pue: float) -> Any:
+    """What ledger, card and report say of each boundary; `metered_s` ends with all seconds of the run."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, at, factor in (("devices", 0, 1.0), ("nodes", 1, 1.0), ("facility", 1, pue)):
+        meter, spent_j, share = meters[BOUNDARIES[at]], joules[at] * factor, metered_s[at] / (metered_s[-1] or 1.0)
+        missing = "the cluster's YAML states no PUE" if share else meter.removeprefix("GAP: ")
+        facts = {"joules_per_token": spent_j / (tokens * share or 1), "metered_share": share, "meter": meter}
+        found[name] = {"kwh": spent_j / 3.6e6, **facts} if share and factor else {"kwh": gap(missing)}
+    return found
 
 
-def _first_that_counts(boundary: str, devices: Sequence[str], root: Path) -> tuple[str, list[Counter]]:
-    cray = root / "sys/cray/pm_counters"
-    tries: dict[str, Iterator[Counter]] = {"Cray pm_counters, whole nodes": _pm_counters(cray, "energy")}
-    if boundary == "devices" and devices[0]:
-        tries = {"Cray pm_counters, modules of accelerators": _pm_counters(cray, "accel*_energy")}
-        tries |= {"NVML, boards": _nvml(devices), "amdgpu, modules": _amdgpu(devices, root)}
-    elif boundary == "devices":
-        tries = {"Cray pm_counters, processors and memory": _pm_counters(cray, "cpu_energy", "memory_energy")}
-        tries |= {"RAPL, processors and memory": _rapl(root)}
+def _first_that_counts(meters: dict[str, Iterable[Counter]]) -> tuple[str, list[Counter]]:
     reasons = []
-    for source, find in tries.items():
+    for source, found in meters.items():
         try:
-            counters = list(find)
+            counters = list(found)
             if any(counter.last_j for counter in counters):
                 return source, counters
             reasons.append(f"{source}: not there, or stands at 0")
@@ -120,21 +91,28 @@ def _first_that_counts(boundary: str, devices: Sequence[str], root: Path) -> tup
     return gap("no meter can be read: " + "; ".join(reasons)), []
 
 
-def _pm_counters(folder: Path, *names: str) -> Iterator[Counter]:
-    """Files of a line such as `8412 J 1670000000 us`, of the whole node, whoever uses it."""
-    for path in (path for name in names for path in sorted(folder.glob(name))):
-        yield Counter(partial(_number, path))
+def _meters(boundary: str, devices: Sequence[str], root: Path) -> dict[str, Iterable[Counter]]:
+    """In the order in which they are tried; pm_counters are of the whole node, whoever uses it."""
+    cray = root / "sys/cray/pm_counters"
+    if boundary == "nodes":
+        return {"Cray pm_counters, whole nodes": map(_file, cray.glob("energy"))}
+    if devices[0]:
+        modules = {"Cray pm_counters, modules of accelerators": map(_file, cray.glob("accel*_energy"))}
+        return {**modules, "NVML, boards": _nvml(devices), "amdgpu, modules": _amdgpu(devices, root)}
+    cpu = {
+        "Cray pm_counters, processors and memory": map(_file, [*cray.glob("cpu_energy"), *cray.glob("memory_energy")])
+    }
+    zones = (root / "sys/class/powercap").glob("intel-rapl:*")  # those of cores lie within packages, psys around them
+    found = (zone for zone in zones if (zone / "name").read_text().startswith(("package", "dram")))
+    return {**cpu, "RAPL, processors and memory": map(_rapl, found)}
 
 
-def _rapl(root: Path) -> Iterator[Counter]:
-    """Packages and their memory, in microjoules; the zones of cores lie within packages, psys around them."""
-    for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")):
-        if (zone / "name").read_text().startswith(("package", "dram")):
-            yield Counter(partial(_number, zone / "energy_uj", 1e-6), _number(zone / "max_energy_range_uj", 1e-6))
+def _file(path: Path, unit: float = 1.0, range_j: float = math.inf) -> Counter:
+    return Counter(lambda: float(path.read_text().split()[0]) * unit, range_j)
 
 
-def _number(path: Path, unit: float = 1.0) -> float:
-    return float(path.read_text().split()[0]) * unit
+def _rapl(zone: Path) -> Counter:
+    return _file(zone / "energy_uj", 1e-6, float((zone / "max_energy_range_uj").read_text()) / 1e6)
 
 
 def _nvml(devices: Sequence[str]) -> Iterator[Counter]:
@@ -155,10 +133,7 @@ def _nvml(devices: Sequence[str]) -> Iterator[Counter]:
 
 
 def _amdgpu(devices: Sequence[str], root: Path) -> Iterator[Counter]:
-    """The driver's table gpu_metrics (linux: kgd_pp_interface.h), units of 2^-16 J.
-
-    Of an MI250X the first GCD counts the module and the second stands at 0: a sum has each module once.
-    """
+    """The driver's table gpu_metrics (linux: kgd_pp_interface.h); a GCD whose module another counts stands at 0."""
 
     def read_j(path: Path) -> float:
         kind, version = (table := path.read_bytes())[2:4]

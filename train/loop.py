@@ -181,8 +181,9 @@ def _log(job: Job, window: Window, grad_norm: float) -> None:
 def _count_joules(job: Job) -> Any:
     """Joules of all nodes since the last reading, by boundary, which `job.progress` takes in; collective."""
     seconds, gained_j = job.meter.read()
-    joules = np.array(job.rank.sum(gained_j))
-    job.progress.spent.add(seconds, joules.tolist())
+    joules, progress = np.array(job.rank.sum(gained_j)), job.progress
+    progress.joules = (progress.joules + np.nan_to_num(joules)).tolist()
+    progress.metered_s = (progress.metered_s + seconds * np.isfinite([*joules, 0.0])).tolist()
     return joules
 
 
@@ -258,7 +259,8 @@ def _rewind(job: Job) -> None:
         phases=old.phases,  # what stands at a position; the checkpoint may be older than the newest of them
         flops=old.flops,  # spent all the same, as the time of devices
         device_s=old.device_s,
-        spent=old.spent,
+        joules=old.joules,
+        metered_s=old.metered_s,
     )
     if job.rank.is_first:
         job.ledger.append(

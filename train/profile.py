@@ -29,9 +29,9 @@ and pointwise. Kernels of an accelerator belong to the operation that began them
 
 def profile_steps(job: Job) -> Callable[[], object]:
     """Begins, where it is asked; returns what is to be called after each step."""
-    if not (job.cfg.profile and job.rank.is_first):
-        return lambda: None
     n_left = job.cfg.train.steps - job.progress.step
+    if not (job.cfg.profile and job.rank.is_first and n_left):
+        return lambda: None
     n_before = min(FIRST_STEP - 1, max(n_left - N_STEPS, 0))
     n_steps, n_warmup = min(N_STEPS, n_left), min(n_before, 1)
     when = schedule(wait=n_before - n_warmup, warmup=n_warmup, active=n_steps, repeat=1)
@@ -69,10 +69,10 @@ def _kind(event: Any) -> str:
 def _write(found: Any, job: Job, n_steps: int) -> None:
     folder = job.run_dir / "logs" / "profile"
     folder.mkdir(parents=True, exist_ok=True)
-    last = job.progress.step
-    found.export_chrome_trace(str(folder / f"steps-{last - n_steps + 1}-{last}.json"))
+    steps = range(job.progress.step - n_steps + 1, job.progress.step + 1)
+    found.export_chrome_trace(str(folder / f"steps-{steps[0]}-{steps[-1]}.json"))
     seconds, by_operation = seconds_by_operation(found.events(), job.rank.device.type != "cpu")
     products = flops_per_token(job.cfg.model, job.vocab_rows, seq_len=0)  # attention left out
-    facts = {"job": job, "steps": range(last - n_steps + 1, last + 1), "product_flops_per_token": products}
-    page = render(Path(__file__).with_name("profile.md.j2"), seconds=seconds, by_operation=by_operation, **facts)
+    facts = {"seconds": seconds, "by_operation": by_operation, "product_flops_per_token": products}
+    page = render(Path(__file__).with_name("profile.md.j2"), job=job, steps=steps, **facts)
     write_whole(folder / "summary.md", page)

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.order import Phase
-from ledger.energy import Spent
 
 
 @dataclass
@@ -43,8 +42,10 @@ class Progress:
     """Operations of forward and backward so far."""
     device_s: float = 0.0
     """Seconds of stepping so far, times devices."""
-    spent: Spent = field(default_factory=Spent)
-    """Joules so far. As with seconds of devices, a kill loses what came after the last checkpoint, a rewind nothing."""
+    joules: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Of devices and of nodes so far. A kill loses what came after the last checkpoint, a rewind nothing."""
+    metered_s: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Seconds in which these two were read, and all seconds."""
     ledger_bytes: int = 0
     """Length of the ledger when this was saved."""
 
@@ -62,5 +63,4 @@ class Progress:
         """From the entry of a manifest."""
         phases = [Phase(**phase) for phase in found["phases"]]
         skipped = [(first, end) for first, end in found["skipped"]]
-        spent = Spent(**found.get("spent", {}))
-        return cls(**{**found, "phases": phases, "skipped": skipped, "spent": spent})
+        return cls(**{**found, "phases": phases, "skipped": skipped})

@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 
-STEP = ("data", "forward", "backward", "optimizer", "communication")
-"""They add up to the seconds of the steps but for a few percent; checkpoint and validation come on top."""
+PARTS = ("forward", "backward", "optimizer", "communication", "checkpoint", "validation")
 
 
 class StepTimer:
-    """Seconds of one rank by part; a part within another is taken out of it, so that none is counted twice.
+    """Seconds of one rank by part; a part within another is taken out of it. On an accelerator they are of its stream.
 
-    On a CPU marks are the clock's. On an accelerator they are events in the stream that computes: a part ends when the
-    device comes to its end. Communication is what stops that stream: collectives, and waiting for those only begun. Not
-    in it are the exchanges of Ulysses, which are compiled into the blocks, and what goes on in another stream beside the
-    backward pass; what is left of that at its end counts there.
+    Communication is what stops that stream: not the exchanges of Ulysses, which are compiled into blocks, nor what goes
+    on in another stream beside the backward pass, but for what is left of that at its end, which counts there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +38,7 @@ class StepTimer:
     def collective(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls what sends or waits, as communication where it stops a step."""
         is_beside = self.stream is not None and torch.cuda.current_stream() != self.stream
-        if is_beside or self._open[-1] not in ("forward", "backward", "optimizer"):
+        if is_beside or self._open[-1] not in PARTS[:3]:
             return call(*arguments, **options)
         with self.part("communication"):
             found = call(*arguments, **options)
@@ -54,7 +51,7 @@ class StepTimer:
         marks, self._marks = self._marks, []
         if self.stream:
             self.stream.synchronize()
-        found = dict.fromkeys((*STEP, "checkpoint", "validation", ""), 0.0)
+        found = dict.fromkeys((*PARTS, ""), 0.0)
         for name, inside, began, ended in marks:
             seconds = began.elapsed_time(ended) / 1000 if self.stream else ended - began
             found[name] += seconds
