@@ -114,7 +114,8 @@ def is_free_to_change(key: str) -> bool:
     """Whether a setting may change under the name of a run that has begun."""
     # Where the text stands may change, as on another machine; what it says is checked by the corpus hash.
     is_place = key.startswith(("corpus.sources.", "tokenizer.")) and key.endswith(".path")
-    return is_place or (key.startswith(FREE_SECTIONS) and not key.startswith(FIXED))
+    may_change = key.startswith(FREE_SECTIONS) and not key.startswith(FIXED)
+    return is_place or key == "profile" or may_change
 
 
 def settings_hash(cfg: RunConfig) -> str:

@@ -297,6 +297,12 @@ class ClusterConfig(Section, prefix="cluster"):
     """Dense peak of one device in 1e12 operations a second, the denominator of MFU; 0: measured at the start."""
     peak_source: str = MISSING
     """Where that number comes from."""
+    peak_tflops_derived: float = 0.0
+    """A second peak, reckoned where the vendor states none for this very device: metrics then have both MFUs."""
+    pue: float = 0.0
+    """Energy of the facility over that of its nodes; 0: not known."""
+    pue_source: str = ""
+    """Where that number comes from; without it the energy of the facility is a GAP."""
     online: bool = False
     """Whether hubs may be asked for data; off on compute nodes."""
 
@@ -314,6 +320,8 @@ class RunConfig:
     """Name of the run; its folder is SCRATCH/runs/NAME."""
     seed: int = 1
     """Seeds initial weights and the order of samples."""
+    profile: bool = False
+    """Trace a few steps, and write where their time went into RUN/logs/profile."""
     corpus: CorpusConfig = MISSING
     """Text in."""
     tasks: TasksConfig = field(default_factory=TasksConfig)

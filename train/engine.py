@@ -10,11 +10,11 @@ import io
 import logging
 import os
 import re
-import time
 import unittest.mock
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +28,7 @@ from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, Columns, FragmentReader
 from train.dist import Rank
 from train.schedule import step_shape
+from train.timer import StepTimer
 from train.ulysses import Ulysses
 from train.versions import known_bad
 
@@ -45,6 +46,11 @@ with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: 
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COLLECTIVES = (
+    "all_reduce", "inference_all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
+    "all_gather_coalesced", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single",
+)  # fmt: skip
+"""Of DeepSpeed's backend: those that a step may use."""
 
 
 OUTPUTS_SHARED, INPUTS_SHARED = r".*\.(q|k|v|gate|up)_proj\.weight$", r".*\.(o|down)_proj\.weight$"
@@ -114,7 +120,11 @@ class Engine:
                 config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
-        self._forward_passes: list[tuple[Any, Any]] = []  # when each began and ended
+        self.timer = StepTimer(rank.device)
+        backend = deepspeed.comm.comm.cdb
+        for name in COLLECTIVES:
+            call = getattr(backend, name)
+            setattr(backend, name, partial(self.timer.collective, *getattr(call, "args", (call,))))
 
     def begin_step(self, n_micro_batches: int) -> None:
         """The step that begins takes so many micro batches on each device: by their number their losses are divided."""
@@ -125,12 +135,13 @@ class Engine:
 
     def backward(self, tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
         """Adds a micro batch to the step's gradient; returns summed nats and number of labels, [2]."""
-        device, began = self.rank.device, self._now()
-        loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
-        self._forward_passes.append((began, self._now()))
-        self.engine.backward(loss)
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
+        device = self.rank.device
+        with self.timer.part("forward"):
+            loss, counts = self.engine(tokens_BT1.to(device, non_blocking=True), doc_BT1.to(device, non_blocking=True))
+        with self.timer.part("backward"):
+            self.engine.backward(loss)
+            if not self.engine.is_gradient_accumulation_boundary():
+                self.engine.step()
         # What ranks compute together counts once.
         return cast(Tensor, counts) * (self.rank.rank % self.tensor_parallel == 0)
 
@@ -142,24 +153,9 @@ class Engine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-
-    def read_forward_s(self) -> float:
-        """Seconds of this rank's own forward passes since the last reading: tells a slow device from one that waits."""
-        passes, self._forward_passes = self._forward_passes, []
-        if self.rank.device.type == "cpu":
-            return float(sum(ended - began for began, ended in passes))
-        passes[-1][1].synchronize()
-        return float(sum(began.elapsed_time(ended) for began, ended in passes)) / 1000
-
-    def _now(self) -> Any:
-        """On a device in its own time, without waiting for it."""
-        if self.rank.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        with self.timer.part("optimizer"):
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:

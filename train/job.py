@@ -13,6 +13,7 @@ from data.loader import Samples
 from data.manifest import TRAIN, Manifest
 from data.mixture import plan_phases
 from data.order import unskipped
+from ledger.energy import Meter
 from ledger.record import Ledger
 from model.decoder import Decoder, flops_per_token, init_weights, padded_rows
 from model.weights import checkpoint_sha256, read_manifest, verify_files
@@ -20,7 +21,7 @@ from train.checkpoint import Saver, adopt, newest_usable, remove_unfinished, req
 from train.dist import Rank
 from train.engine import Engine
 from train.faults import JobClock, StopSignals, Watchdog
-from train.metrics import Metrics, peak_flops
+from train.metrics import Metrics, meter_name, peak_flops
 from train.progress import Progress
 from train.retention import require_space
 from train.schedule import step_shape
@@ -37,6 +38,11 @@ class Job:
     ) -> None:
         self.cfg, self.run_dir, self.ledger, self.rank = cfg, run_dir, Ledger(run_dir), rank
         self.signals, self.watchdog, self.clock = signals, watchdog, JobClock()
+        on_node = [
+            fact for fact in rank.gather((rank.host, rank.rank, meter_name(rank.device))) if fact[0] == rank.host
+        ]
+        # One process a node reads for all.
+        self.meter = Meter([device for _, _, device in on_node] if rank.rank == on_node[0][1] else [])
         manifest = Manifest.load(corpus_dir)
         self._verify_corpus(corpus_dir)
         self.vocab_rows = padded_rows(manifest.tokenizer.vocab_size)

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +17,28 @@ from train.checkpoint import newest_usable, restore
 from train.faults import is_spike, refuse_bad_numbers
 from train.job import Job
 from train.metrics import memory_gib
+from train.profile import profile_steps
 from train.progress import Progress
 from train.schedule import learning_rate, step_shape
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line of metrics; of the seconds, without validating and saving."""
+    """Sums since the last line of metrics; seconds are without validating and saving, joules with them."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     data_s: float = 0.0  # of the seconds, those in which this rank waited for its batches
     starved_steps: int = 0  # in which that took more than a hundredth
+    joules: Any = 0.0
     nats: float = 0.0
     labels: float = 0.0
+
+    def add_step(self, tokens: int, seconds: float, data_s: float) -> None:
+        """Counts a step and its time."""
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+        self.data_s, self.starved_steps = self.data_s + data_s, self.starved_steps + (data_s > 0.01 * seconds)
 
 
 def begin(job: Job) -> None:
@@ -42,16 +51,20 @@ def begin(job: Job) -> None:
 
 def train(job: Job) -> bool:
     """Trains from `job.progress` to the last step, which is True, or to where it was asked to stop and has saved."""
-    while not _train_until_spike(job):
+    job.engine.timer.read()  # what self-test and first validation took
+    _count_joules(job)
+    end_step = profile_steps(job)
+    while not _train_until_spike(job, end_step):
         job.saver.wait()
         _rewind(job)
     job.saver.finish()
+    _count_joules(job)
     return job.progress.step == job.cfg.train.steps
 
 
-def _train_until_spike(job: Job) -> bool:
+def _train_until_spike(job: Job, end_step: Callable[[], object]) -> bool:
     """Whether it has come to its end; if not, the loss has jumped."""
-    cfg, progress, rank = job.cfg.train, job.progress, job.rank
+    cfg, progress, rank, timer = job.cfg.train, job.progress, job.rank, job.engine.timer
     consumed, window, resumed_s = OrderHash(len(job.samples.parts)), Window(), time.perf_counter()
     for micro_batches in batches(
         job.samples,
@@ -80,7 +93,8 @@ def _train_until_spike(job: Job) -> bool:
 
         # What the ranks have to agree on, in one message.
         leave = job.signals.received is not None or (rank.is_first and job.clock.is_over())
-        nats, labels, n_leaving, *votes = rank.sum([*counts.tolist(), leave, *job.saver.votes])
+        with timer.part("communication"):
+            nats, labels, n_leaving, *votes = rank.sum([*counts.tolist(), leave, *job.saver.votes])
         job.saver.advance(*votes)
         loss, last, stop = nats / labels, progress.step == cfg.steps, n_leaving > 0
         ended_s = time.perf_counter()
@@ -88,11 +102,7 @@ def _train_until_spike(job: Job) -> bool:
 
         if _begins_phase(job):
             progress.losses = []  # with other text the loss is another, which is no spike
-        window.steps += 1
-        window.tokens += tokens
-        window.seconds += ended_s - resumed_s
-        window.data_s += began_s - resumed_s
-        window.starved_steps += began_s - resumed_s > 0.01 * (ended_s - resumed_s)
+        window.add_step(tokens, ended_s - resumed_s, began_s - resumed_s)
         if not applied:
             _note_skipped_step(job, grad_norm)
         elif is_spike(loss, progress.losses, job.cfg.faults):
@@ -113,10 +123,14 @@ def _train_until_spike(job: Job) -> bool:
         save = last or stop or progress.step % cfg.save_every_steps == 0
         if validate or save:
             _count_consumed(job, consumed)
+            window.joules += _count_joules(job)
         if save:
-            job.saver.begin(progress)
+            with timer.part("checkpoint"):
+                job.saver.begin(progress)
         if validate:
-            _validate(job)
+            with timer.part("validation"):
+                _validate(job)
+        end_step()
         if stop:
             return True
         resumed_s = time.perf_counter()
@@ -147,9 +161,12 @@ def _note_skipped_step(job: Job, grad_norm: float) -> None:
 def _log(job: Job, window: Window, grad_norm: float) -> None:
     progress, rank = job.progress, job.rank
     tokens_per_s = window.tokens / window.seconds
-    waited = window.data_s, window.starved_steps
-    of_ranks = rank.gather((job.engine.read_forward_s(), memory_gib(rank.device), rank.host, *waited))
-    forward_s, used_gib, hosts, data_s, starved_steps = zip(*of_ranks, strict=True)
+    flops_per_s = job.flops_per_token * tokens_per_s / rank.world_size
+    split_s = job.engine.timer.read() | {"data": window.data_s}
+    of_ranks = rank.gather((split_s, memory_gib(rank.device), rank.host, window.starved_steps))
+    splits, used_gib, hosts, starved_steps = zip(*of_ranks, strict=True)
+    forward_s = [split["forward"] for split in splits]
+    joules = (window.joules + _count_joules(job)) / window.tokens
     job.metrics.write(
         "train",
         progress,
@@ -157,14 +174,28 @@ def _log(job: Job, window: Window, grad_norm: float) -> None:
         lr=progress.lr,
         grad_norm=grad_norm,
         tokens_per_s=tokens_per_s,
-        mfu=job.flops_per_token * tokens_per_s / (rank.world_size * job.peak_flops),
+        tokens_per_s_per_device=tokens_per_s / rank.world_size,
+        mfu=flops_per_s / job.peak_flops,
+        **({"mfu_derived": flops_per_s / 1e12 / derived} if (derived := job.cfg.cluster.peak_tflops_derived) else {}),
         memory_gib=max(used_gib),
         step_s=window.seconds / window.steps,
-        data_s=max(data_s),
+        window_s=window.seconds,
+        split_s={part: float(np.mean([split[part] for split in splits])) for part in split_s},
         starved_steps=max(starved_steps),
+        joules_per_token_devices=joules[0],
+        joules_per_token_nodes=joules[1],
         skew=max(forward_s) / max(float(np.median(forward_s)), 1e-9),
         slowest=hosts[forward_s.index(max(forward_s))],
     )
+
+
+def _count_joules(job: Job) -> Any:
+    """Joules of all nodes since the last reading, by boundary, which `job.progress` takes in; collective."""
+    seconds, gained_j = job.meter.read()
+    joules, progress = np.array(job.rank.sum(gained_j)), job.progress
+    progress.joules = (progress.joules + np.nan_to_num(joules)).tolist()
+    progress.metered_s = (progress.metered_s + seconds * np.isfinite([*joules, 0.0])).tolist()
+    return joules
 
 
 def _count_consumed(job: Job, here: OrderHash) -> None:
@@ -239,6 +270,8 @@ def _rewind(job: Job) -> None:
         phases=old.phases,  # what stands at a position; the checkpoint may be older than the newest of them
         flops=old.flops,  # spent all the same, as the time of devices
         device_s=old.device_s,
+        joules=old.joules,
+        metered_s=old.metered_s,
     )
     if job.rank.is_first:
         job.ledger.append(

@@ -81,6 +81,15 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def meter_name(device: torch.device) -> str:
+    """How energy meters know a device: NVIDIA's by UUID, AMD's by PCI address; a CPU has no name."""
+    if device.type == "cpu":
+        return ""
+    facts: Any = torch.cuda.get_device_properties(device)
+    numbers = [getattr(facts, f"pci_{name}_id", 0) for name in ("domain", "bus", "device")]  # older PyTorch has none
+    return "{:04x}:{:02x}:{:02x}.0".format(*numbers) if torch.version.hip else f"GPU-{facts.uuid}"
+
+
 def peak_flops(cfg: RunConfig, rank: Rank) -> float:
     """Peak of one device in operations a second, as the config states it, or on a CPU as measured.
 

@@ -42,6 +42,10 @@ class Progress:
     """Operations of forward and backward so far."""
     device_s: float = 0.0
     """Seconds of stepping so far, times devices."""
+    joules: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Of devices and of nodes so far. A kill loses what came after the last checkpoint, a rewind nothing."""
+    metered_s: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Seconds in which these two were read, and all seconds."""
     ledger_bytes: int = 0
     """Length of the ledger when this was saved."""
 

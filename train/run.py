@@ -9,7 +9,7 @@ import torch
 from configs.errors import EXIT_UNFINISHED
 from configs.schema import RunConfig
 from data.mixture import language_rows, table
-from ledger import host
+from ledger import energy, host
 from ledger.record import gap
 from model.decoder import count_parameters
 from model.weights import list_checkpoints
@@ -92,6 +92,7 @@ def _announce(job: Job) -> None:
         peak_tflops=job.peak_flops / 1e12,
         peak_source=cfg.cluster.peak_source,
         mfu_formula=MFU_FORMULA,
+        energy_meters=job.meter.sources,
         hardware=host.hardware(),
         software=host.software(),
         commit=host.commit(),
@@ -101,7 +102,7 @@ def _announce(job: Job) -> None:
 
 
 def _record_end(job: Job, finished: bool) -> None:
-    progress = job.progress
+    progress, pue = job.progress, job.cfg.cluster.pue if job.cfg.cluster.pue_source else 0.0
     out_of_time = "the end of the job's time" if job.clock.is_over() else "a signal to another rank"
     reason = job.signals.received or out_of_time
     job.ledger.append(
@@ -111,7 +112,7 @@ def _record_end(job: Job, finished: bool) -> None:
         tokens=progress.tokens,
         flops=progress.flops,
         device_hours=progress.device_s / 3600,
-        energy_kwh=gap("no energy meter is read by this version"),
+        energy=energy.record(progress.joules, progress.metered_s, progress.tokens, job.meter.sources, pue),
         skipped_steps=progress.skipped_steps,
         rewinds=progress.rewinds,
         order_hash=progress.order_hash,

@@ -86,7 +86,7 @@ def full_run(tmp_path: Path) -> Path:
         {"event": "checkpoint", "time": 4.0, "name": "step-20", "step": 20, "tokens": 2000, "sha256": "12" * 32, "order_hash": "34" * 32},
         {"event": "changed", "time": 5.0, "settings": {"cluster.devices_per_node": ["2", "1"]}},
         {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "cluster": "leonardo", "zero_stage": 2, "world_size": 1, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "container": "GAP: no container announced itself"},
-        {"event": "train_end", "time": 7.0, "steps": 40, "tokens": 4000, "flops": 9.4e12, "device_hours": 0.06, "energy_kwh": "GAP: no meter"},
+        {"event": "train_end", "time": 7.0, "steps": 40, "tokens": 4000, "flops": 9.4e12, "device_hours": 0.06, "energy": {"devices": {"kwh": 0.42, "joules_per_token": 378.0, "meter": "NVML, boards", "metered_share": 1.0}, "nodes": {"kwh": "GAP: no meter"}, "facility": {"kwh": "GAP: no meter"}}},
     ]  # fmt: skip
     metrics = [valid_line(0, {"de": 4.81, "fr": 5.12, "mt": 6.03})]
     metrics += [train_line(s) for s in range(10, 41, 10)]
