@@ -257,6 +257,9 @@ class RunConfig:
     """Name of the run; its folder is SCRATCH/runs/NAME."""
     seed: int = 1
     """Seeds initial weights and the order of samples."""
+    rehearse: bool = False
+    """Try out a recipe in minutes: the same code and layout with toy widths and the sample text, under the name
+    NAME-rehearsal. What takes the place of what, and why, stands in configs/rehearsal.yaml."""
     corpus: CorpusConfig = MISSING
     """Text in."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
