@@ -13,12 +13,12 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from configs.checks import check
 from configs.enums import SourceFormat
 from configs.errors import UserError
-from configs.rules import groups, setting_names
+from configs.rules import GROUPS, groups, setting_names
 from configs.schema import RunConfig
 from configs.text import map_paths
 
@@ -56,6 +56,8 @@ def compose(overrides: list[str]) -> RunConfig:
     try:
         with hydra.initialize_config_module("configs", version_base="1.3"):
             composed = hydra.compose("run", [o for o in overrides if o not in free])
+        if composed.rehearse and (toy := _toy_settings()) != overrides[: len(toy)]:
+            return compose([*toy, *overrides])
         for given in OverridesParser.create().parse_overrides(free):
             OmegaConf.update(composed, given.key_or_group, given.value(), merge=False, force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -63,6 +65,8 @@ def compose(overrides: list[str]) -> RunConfig:
     except YAMLError as error:
         raise UserError(" ".join(str(error).split()), "files in configs/ are YAML", "correct the file") from None
     cfg = _onto_schema(composed, overrides)
+    if cfg.rehearse:
+        cfg.name += "-rehearsal"  # the run itself keeps its folder
     for source in cfg.corpus.sources.values():
         if source.format is not SourceFormat.hub or os.path.exists(source.path):
             source.path = _absolute(source.path)
@@ -122,6 +126,12 @@ def settings_hash(cfg: RunConfig) -> str:
     """Hash of what may not change under a run's name, and of the tokens it trains on."""
     fixed = {k: v for k, v in _flat(cfg).items() if not is_free_to_change(k)}
     return hashlib.sha256(repr(sorted(fixed.items())).encode() + str(cfg.train.tokens).encode()).hexdigest()
+
+
+def _toy_settings() -> list[str]:
+    """What a rehearsal puts in the place of a recipe's own, as overrides that those given win over."""
+    toy = safe_load((GROUPS / "rehearsal.yaml").read_text(encoding="utf-8"))
+    return [f"{name}={value}" for name, value in toy.items()]
 
 
 def _onto_schema(found: Any, given: list[str]) -> RunConfig:

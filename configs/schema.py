@@ -322,6 +322,9 @@ class RunConfig:
     """Seeds initial weights and the order of samples."""
     profile: bool = False
     """Trace a few steps, and write where their time went into RUN/logs/profile."""
+    rehearse: bool = False
+    """Try out a recipe in minutes: the same code and layout with toy widths and the sample text, under the name
+    NAME-rehearsal. What takes the place of what, and why, stands in configs/rehearsal.yaml."""
     corpus: CorpusConfig = MISSING
     """Text in."""
     tasks: TasksConfig = field(default_factory=TasksConfig)

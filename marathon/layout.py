@@ -6,10 +6,8 @@ from dataclasses import replace
 from configs.enums import Recompute
 from configs.errors import UserError
 from configs.schema import EngineConfig, RunConfig
-from marathon.plan import device_memory
+from marathon.plan import USABLE_SHARE, device_memory
 
-USABLE = 0.9
-"""Share of a device's memory that a plan may fill; the rest is for libraries, communication and fragmentation."""
 COSTS = [
     (1, Recompute.none, "gradients are reduced once a step, nothing is computed twice"),
     (2, Recompute.none, "gradients are reduced with every micro batch"),
@@ -34,7 +32,7 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     if cfg.engine.zero_stage and cfg.engine.recompute is not Recompute.auto:
         return cfg, []
-    usable_gib, told, seqs = USABLE * cfg.cluster.device_memory_gib, [], cfg.train.max_micro_batch_seqs
+    usable_gib, told, seqs = USABLE_SHARE * cfg.cluster.device_memory_gib, [], cfg.train.max_micro_batch_seqs
     while seqs:
         for layout, cost in _candidates(cfg):
             chosen = replace(cfg, engine=layout, train=replace(cfg.train, max_micro_batch_seqs=seqs))
@@ -49,7 +47,7 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
         seqs //= 2
     raise UserError(
         "no layout fits; the least of them:\n    " + told[-1],
-        f"a device of {cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB, {USABLE:.0%} of it may be planned",
+        f"a device of {cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB, {USABLE_SHARE:.0%} of it may be planned",
         "more nodes; or engine.tensor_parallel=2, 4 or 8, within a node",
     )
 

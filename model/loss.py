@@ -19,9 +19,8 @@ IGNORED = -100
 """Label of a position that is not to be predicted."""
 CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits of a chunk by kind of device: 256 MiB in fp32, 512 positions with a vocabulary of 131,072; and 1 GiB. A chunk
-reads and writes the gradient of the output matrix once, 8 bytes for each of its numbers, and takes 6 operations a
-position for it: with C positions that is 4 F / (3 C B) of its time at F operations and B bytes a second. C = 2,048 makes
-it a tenth on an A100 (2e14, 1.5e12)."""
+reads and writes the gradient of the output matrix, 8 bytes for each number, and takes 6 operations a position for it:
+with C positions, 4 F / (3 C B) of its time at F operations and B bytes a second. 2,048 make it a tenth on an A100."""
 ROWS = 1 << 14
 """Of the output matrix, whose gradient is added up at a time: the product stays in the caches of a CPU."""
 
@@ -92,6 +91,6 @@ def _chunk(
     slope_CV = slope_CV.to(hidden_CD.dtype)
     torch.mul(product(slope_CV, weight_VD.T), counts_C1, out=grad_CD)
     counted_DC = (hidden_CD * counts_C1).T
-    for slope_CR, grad_RD in zip(slope_CV.split(ROWS, 1), grad_weight_VD.split(ROWS), strict=True):
+    for slope_CR, grad_RD in zip(torch.split(slope_CV, ROWS, 1), torch.split(grad_weight_VD, ROWS), strict=True):
         grad_RD += product(counted_DC, slope_CR.T).T
     return torch.stack((nats, log_sum_C1.square().sum()))

@@ -49,7 +49,7 @@ def test_every_choice_of_every_group_fits_the_schema(group):
         ([], "no experiment", "smoke"),
         (["experiment smoke"], "experiment smoke", "SETTING=VALUE"),
         (["optim.lrr=1"], "optim.lrr", "did you mean optim.lr"),
-        (["experiment=nope"], "experiment=nope", "experiment= one of eu24_1b"),
+        (["experiment=nope"], "experiment=nope", "experiment= one of eu24_160m, eu24_1b"),
         (["corpus=nope"], "corpus=nope", "corpus= one of fineweb2_eu24, udhr"),
         (["+model.typo=1"], "typo", "no such field"),
         (["model.typo=1"], "model.typo", "configs/schema.py"),

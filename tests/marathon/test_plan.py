@@ -2,34 +2,67 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs.compose import compose
+from configs.enums import Recompute
 from data.pipeline import prepare
 from marathon.plan import activation_bytes_per_token, device_memory, mixture_text, plan_text
-from model.decoder import Decoder
+from model import loss
+from model.decoder import KEPT, Decoder, init_weights, padded_rows
 from tests.marathon.conftest import SMALL
+from train.schedule import step_shape
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all tensors that exist, but for those that were there before; `most` is their largest sum."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = {tensor.untyped_storage().data_ptr() for tensor in before}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        found = operation(*arguments, **(named or {}))
+        for tensor in tree_leaves(found):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.before:
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.most = max(self.most, sum(n_bytes for _, n_bytes in self.storages.values()))
+        return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_saves(tiny_model, dtype):
-    """Distinct storages kept for the backward pass of the blocks, weights left out."""
-    decoder = Decoder(tiny_model, 128).to(dtype)
-    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-    kept: dict[int, int] = {}
+@pytest.mark.parametrize("recompute", [Recompute.none, *KEPT])
+def test_activations_are_what_pytorch_holds(tiny_model, dtype, recompute):
+    """At the most, over forward and backward pass: six blocks, of which one may be there whole."""
+    tiny_model.n_layer = 6
+    decoder = Decoder(tiny_model, 128, recompute).to(dtype)
+    init_weights(decoder, 1)
+    tokens = torch.zeros(8, 256, dtype=torch.long)
+    with Held(decoder.parameters()) as held:
+        hidden = decoder.hidden(tokens, torch.zeros_like(tokens))
+        hidden.backward(torch.ones_like(hidden))
+    planned = activation_bytes_per_token(tiny_model, dtype.itemsize, recompute)
+    assert planned == pytest.approx(held.most / tokens.numel(), rel=0.2)
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    tokens = torch.zeros(4, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = decoder.hidden(tokens)
-    hidden.sum().backward()
-    found = sum(kept.values()) / tokens.numel()
-    planned = activation_bytes_per_token(tiny_model, dtype.itemsize)
-    assert planned == pytest.approx(found, rel=0.2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_takes_what_is_planned_for_it(monkeypatch, tiny_model, dtype):
+    rows = padded_rows(4096)
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 16 * rows)
+    cfg = compose(["experiment=smoke", f"engine.precision={'fp32' if dtype.itemsize == 4 else 'bf16'}"])
+    n_tokens = cfg.train.seq_len * step_shape(cfg).micro_batch_seqs
+    hidden = torch.randn(1, n_tokens, cfg.model.d_model).to(dtype).requires_grad_()
+    weight = torch.randn(rows, cfg.model.d_model).to(dtype).requires_grad_()
+    labels = torch.ones(1, n_tokens, dtype=torch.long)
+    with Held([hidden, weight, labels]) as held:
+        loss.summed_cross_entropy(hidden, weight, labels)
+    assert device_memory(cfg)["loss"] == pytest.approx(held.most, rel=0.1)
 
 
 def test_sharding_takes_memory_off_a_device():
