@@ -9,6 +9,7 @@ MixtureRule = StrEnum("MixtureRule", ["weights", "temperature", "unimax"])
 Packing = StrEnum("Packing", ["concat", "best_fit"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Recompute = StrEnum("Recompute", ["auto", "none", "selective", "full"])
+OptimizerName = StrEnum("OptimizerName", ["adamw", "muon", "ademamix"])
 ScheduleName = StrEnum("ScheduleName", ["wsd", "cosine"])
 Device = StrEnum("Device", ["cpu", "cuda", "rocm"])
 """What computes. ROCm devices present themselves to PyTorch as `cuda`."""

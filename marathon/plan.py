@@ -10,6 +10,7 @@ from data.mixture import plan_phases, table
 from data.pipeline import corpus_dir
 from ledger.pages import render
 from model.decoder import count_parameters, flops_per_token, padded_rows
+from train.optim import state_bytes
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 from train.schedule import step_shape
 
@@ -22,8 +23,8 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
 
     Weights stay whole, but for ZeRO-3, which keeps its share and up to 1e9 parameters that are in use (the default of
     DeepSpeed's `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others
-    keep their share in fp32 and pass the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and
-    two moments in fp32) are shared out over all devices. No activations are recomputed.
+    keep their share in fp32 and pass the rest on in buckets. What the optimizer keeps in fp32 (master weights and
+    moments, 12 bytes a parameter with AdamW) is shared out over all devices. No activations are recomputed.
     """
     rows = padded_rows(cfg.tokenizer.vocab_size)
     parameters = count_parameters(cfg.model, rows)
@@ -35,7 +36,7 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
     return {
         "weights": bytes_each * live_weights,
         "gradients": parameters * 4 / world if stage > 1 else whole_gradients,
-        "optimizer": parameters * 12 / world,
+        "optimizer": state_bytes(cfg, rows) / world,
         "buckets": min(cfg.engine.bucket_elements, parameters) * 4 * 2,
         "activations": tokens * activation_bytes_per_token(cfg.model, bytes_each),
         # The logits, their copy in fp32, and the gradient of it.
