@@ -107,8 +107,8 @@ class Matrix(NamedTuple):
 class Muon(torch.optim.AdamW):
     """AdamW, but orthogonal momentum for groups with one beta (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    Not DeepSpeed's: that clips the orthogonal update in place of the gradient, but for one of its stages, and keeps
-    momentum in another layout in each. Here clipping, norms and checkpoints are those of every optimizer.
+    Not DeepSpeed's, which under most of its stages clips the orthogonal update in place of the gradient, and keeps whole
+    matrices of momentum. Here clipping, norms and checkpoints are those of every optimizer.
     """
 
     matrices: dict[Tensor, list[Matrix]]
