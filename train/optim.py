@@ -107,8 +107,8 @@ class Matrix(NamedTuple):
 class Muon(torch.optim.AdamW):
     """AdamW, but orthogonal momentum for groups with one beta (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    Not DeepSpeed's, which under most of its stages clips the orthogonal update in place of the gradient, and keeps whole
-    matrices of momentum. Here clipping, norms and checkpoints are those of every optimizer.
+    Not DeepSpeed's, which under most of its stages clips the orthogonal update in place of the gradient, and keeps
+    momentum by whole matrices. Here clipping, norms and checkpoints are those of every optimizer.
     """
 
     matrices: dict[Tensor, list[Matrix]]
