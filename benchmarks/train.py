@@ -75,7 +75,8 @@ def draw(cfg: RunConfig, vocabulary: int) -> Iterator[tuple[torch.Tensor, torch.
 
 def ours(cfg: RunConfig, vocabulary: int, wait: Callable[[], None], has_engine: bool, has_documents: bool) -> None:
     from train.dist import join
-    from train.engine import Engine, NextTokenLoss, adamw
+    from train.engine import Engine, NextTokenLoss
+    from train.optim import build_optimizer
 
     decoder = Decoder(cfg.model, vocabulary)
     init_weights(decoder, cfg.seed)
@@ -85,7 +86,7 @@ def ours(cfg: RunConfig, vocabulary: int, wait: Callable[[], None], has_engine: 
     else:
         for block in decoder.blocks:
             block.compile(dynamic=False)
-        model, optimizer = NextTokenLoss(decoder), adamw(decoder, cfg.optim)
+        model, optimizer = NextTokenLoss(decoder), build_optimizer(decoder, cfg)
     for tokens_BT1, doc_BT1 in draw(cfg, vocabulary):
         if not has_documents:
             doc_BT1.zero_()

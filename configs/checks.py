@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from configs.enums import Device, Precision, ScheduleName, SourceFormat, WandbMode
+from configs.enums import Device, OptimizerName, Precision, ScheduleName, SourceFormat, WandbMode
 from configs.errors import UserError, raise_together
 from configs.schema import RunConfig
 
@@ -87,6 +87,10 @@ def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
             rule = f"the devices of a group have equal parts of {reason}, and are of one node, where links are fast"
             yield UserError(f"engine.{name} = {size}, {told}", rule, f"engine.{name} one of {fitting}")
             return
+    if engine.tensor_parallel > 1 and cfg.optim.name is OptimizerName.muon:
+        found = f"optim.name = muon with engine.tensor_parallel = {engine.tensor_parallel}"
+        rule = "muon makes whole matrices orthogonal, of which tensor parallelism leaves each device a part"
+        yield UserError(found, rule, "engine.tensor_parallel=1 with engine=zero3, or optim=adamw")
     if engine.tensor_parallel > 1 and engine.sequence_parallel > 1:
         found = (
             f"engine.tensor_parallel = {engine.tensor_parallel}, engine.sequence_parallel = {engine.sequence_parallel}"

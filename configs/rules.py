@@ -24,6 +24,7 @@ POSITIVE = Rule(lambda value: value > 0, "must be greater than 0", "give a posit
 PositiveInt = Annotated[int, POSITIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NaturalInt = Annotated[int, Rule(lambda value: value >= 0, "cannot be negative", "0 or more")]
+Decay = Annotated[float, Rule(lambda value: 0 < value < 1, "must lie between 0 and 1", "0.9 keeps nine tenths a step")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "is a share: 0 to 1", "0.1 means 10 %")]
 
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from configs.enums import DecayShape, Device, Family, Precision, Recompute, ScheduleName, WandbMode
-from configs.rules import NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
+from configs.enums import DecayShape, Device, Family, OptimizerName, Precision, Recompute, ScheduleName, WandbMode
+from configs.rules import Decay, NaturalInt, PositiveFloat, PositiveInt, Rule, Section, Share, require
 from configs.text import FACTOR, CorpusConfig, MixtureConfig, TasksConfig, TokenizerConfig
 
 
@@ -39,6 +39,9 @@ class ModelConfig(Section, prefix="model"):
     """Standard deviation of initial weights; layers that write to the residual divide it by sqrt(2 n_layer)."""
     tie_embeddings: bool = MISSING
     """One matrix for input and output embeddings; pays off below about 2B parameters."""
+    mup_base_width: NaturalInt = 0
+    """d_model of the small model that optim.lr and init_std were found with: they then serve every width where d_ff and
+    heads grow alike (muP; what becomes of them: model/decoder.py, `width_factors`). 0: they are taken as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,14 +58,25 @@ class ModelConfig(Section, prefix="model"):
 
 @dataclass
 class OptimConfig(Section, prefix="optim"):
-    """AdamW."""
+    """The optimizer."""
 
+    name: OptimizerName = OptimizerName.adamw
+    """adamw; muon: orthogonal momentum for the matrices of blocks, AdamW with the same rate for the rest; ademamix:
+    AdamW with a slow average of gradients beside the fast one."""
     lr: PositiveFloat = MISSING
     """Peak learning rate."""
-    beta1: Share = 0.9
+    beta1: Decay = 0.9
     """Decay of the first moment."""
-    beta2: Share = 0.95
+    beta2: Decay = 0.95
     """Decay of the second moment."""
+    momentum: Decay = 0.95
+    """muon: decay of the momentum of matrices."""
+    beta3: Decay = 0.9999
+    """ademamix: decay of the slow average, to which it rises from beta1."""
+    alpha: PositiveFloat = 8.0
+    """ademamix: weight of the slow average, to which it rises from 0."""
+    slow_warmup_steps: NaturalInt = 0
+    """ademamix: steps in which both rise; 0: all steps, which are then better not changed on the way."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Share = 0.1

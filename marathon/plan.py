@@ -12,6 +12,7 @@ from data.pipeline import corpus_dir
 from ledger.pages import render
 from model.decoder import count_parameters, flops_per_token, padded_rows
 from model.loss import CHUNK_LOGITS, ROWS
+from train.optim import state_bytes
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 from train.schedule import step_shape
 
@@ -26,11 +27,11 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
 
     Weights stay whole, but for ZeRO-3, which keeps its share and up to 1e9 parameters that are in use (the default of
     DeepSpeed's `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others
-    keep their share in fp32 and pass the rest on in buckets. The optimizer's 12 bytes a parameter (master weight and
-    two moments in fp32) are shared out over all devices. The loss has a chunk of logits in fp32, in bf16 besides
-    where that is what is computed in, the gradient of the output matrix in fp32 and as it is passed on, and that of the
-    hidden states (model/loss.py). Devices that share matrices have their part of heads and inner widths, those that
-    share sequences of the tokens; a group that has weights whole, one copy over its devices.
+    keep their share in fp32 and pass the rest on in buckets. What the optimizer keeps in fp32 (master weights and
+    moments, 12 bytes a parameter with AdamW) is shared out over all devices. The loss has a chunk of logits in fp32, in
+    bf16 besides where that is what is computed in, the gradient of the output matrix in fp32 and as it is passed on, and
+    that of the hidden states (model/loss.py). Devices that share matrices have their part of heads and inner widths,
+    those that share sequences of the tokens; a group that has weights whole, one copy over its devices.
     """
     rows, engine = padded_rows(cfg.tokenizer.vocab_size), cfg.engine
     parts, model = engine.tensor_parallel, cfg.model
@@ -47,7 +48,7 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
     return {
         "weights": bytes_each * live_weights,
         "gradients": parameters * 4 / world if stage > 1 else whole_gradients,
-        "optimizer": parameters * 12 / world,
+        "optimizer": state_bytes(cfg, rows) / cfg.cluster.world_size,
         "buckets": min(cfg.engine.bucket_elements, parameters) * 4 * 2,
         "activations": tokens * activation_bytes_per_token(model, bytes_each, engine.recompute),
         "loss": chunk * (4 if bytes_each == 4 else 6)

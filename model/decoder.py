@@ -184,21 +184,36 @@ def init_weights(decoder: Decoder, seed: int) -> None:
     """Fills every parameter, always alike for a seed.
 
     Normal with `init_std`, cut at three deviations; layers that write to the residual stream are divided by
-    sqrt(2 n_layer), so that its variance does not grow with depth (GPT-2, section 2.3). A parameter that no
-    rule names is an error: values left from allocation would train, silently and badly.
+    sqrt(2 n_layer), so that its variance does not grow with depth (GPT-2, section 2.3). All times `width_factors`.
     """
     generator, std = torch.Generator().manual_seed(seed), decoder.cfg.init_std
     for name, parameter in decoder.named_parameters():
+        factor, _ = width_factors(decoder.cfg, name)
         if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif name.endswith(("_proj.weight", "embedding.weight", "output.weight")):
+            parameter.fill_(factor)
+        else:
             to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deviation = std / math.sqrt(2 * decoder.cfg.n_layer) if to_residual else std
+            deviation = factor * (std / math.sqrt(2 * decoder.cfg.n_layer) if to_residual else std)
             # Drawn in fp32 on the CPU, whatever the parameter is: the same model on every device and precision.
             values = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
             parameter.copy_(values.clamp_(-3 * deviation, 3 * deviation))
-        else:
-            raise AssertionError(f"no rule initialises {name}")
+
+
+def width_factors(cfg: ModelConfig, name: str) -> tuple[float, float]:
+    """What a parameter's initial values and Adam's learning rate are multiplied with to serve any width (muP).
+
+    Yang et al. 2022 (arXiv 2203.03466), table 3, the form without multipliers, which an export has no place for. Tied
+    embeddings stay as an input's, and the last norm's weight takes the factor of an output. Attention takes none: heads
+    keep their width. A parameter that no rule names is an error: values left from allocation would train, badly.
+    """
+    m = cfg.d_model / cfg.mup_base_width if cfg.mup_base_width else 1.0
+    if name.endswith("_proj.weight"):
+        return 1 / math.sqrt(m), 1 / m
+    if name == "output.weight" or (name == "final_norm.weight" and cfg.tie_embeddings):
+        return 1 / m, 1 / m
+    if name.endswith(("norm.weight", "embedding.weight")):
+        return 1.0, 1.0
+    raise AssertionError(f"no rule initialises {name}")
 
 
 def padded_rows(vocab_size: int) -> int:

@@ -4,10 +4,11 @@ A checkpoint is a folder `step-000000120` that stands complete under its name or
 
     manifest.json             progress, and for every file its sha256 and the fragments it holds
     manifest.sha256           hashes of the manifest and of all files, as `sha256sum -c` reads them
-    rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…`, `exp_avg_sq/…`; random states
+    rank-00000.safetensors    1-D fp32 fragments `master/NAME/START`, `exp_avg/…` and other moments; random states
 
 A fragment is a range of a flattened parameter, or of some columns of it (`Columns`), addressed by name and first index:
-files depend on how many ranks wrote them and how, reading does not. Nothing here can hold code: JSON and safetensors.
+files depend on how many ranks wrote them and how, reading does not. Moments are exp_avg and exp_avg_sq; exp_avg_slow
+besides with AdEMAMix; exp_avg alone for the matrices that Muon steps. Nothing here can hold code: JSON and safetensors.
 """
 
 import functools

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from configs.enums import Precision
 from configs.errors import UserError
-from configs.schema import EngineConfig, OptimConfig, RunConfig
+from configs.schema import EngineConfig, RunConfig
 from model.decoder import Attention, Decoder
 from model.loss import IGNORED, next_token_labels, summed_cross_entropy
 from model.weights import MASTER, Columns, FragmentReader
 from train.dist import Rank
+from train.optim import MOMENTS, Matrix, Muon, build_optimizer, ready
 from train.schedule import step_shape
 from train.timer import StepTimer
 from train.ulysses import Ulysses
@@ -37,6 +38,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed  # looks for the accelerator when it is imported
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Said of every optimizer that it does not know by name; ours are tested.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 # On a CPU, every rank would compile a C++ op at its start that only inference uses.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed imports its Muon whatever the optimizer is, and that compiles three functions: a second of each start.
@@ -45,13 +48,11 @@ with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: 
 # Said once a rank by PyTorch about a call of DeepSpeed's.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVES = (
     "all_reduce", "inference_all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
     "all_gather_coalesced", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single",
 )  # fmt: skip
 """Of DeepSpeed's backend: those that a step may use."""
-
 
 OUTPUTS_SHARED, INPUTS_SHARED = r".*\.(q|k|v|gate|up)_proj\.weight$", r".*\.(o|down)_proj\.weight$"
 """Matrices of which each device of a tensor-parallel group has some rows, and of which some columns."""
@@ -60,12 +61,14 @@ OUTPUTS_SHARED, INPUTS_SHARED = r".*\.(q|k|v|gate|up)_proj\.weight$", r".*\.(o|d
 class OwnedFragment(NamedTuple):
     """A range of a parameter, or of some columns of it (model/weights.py: `Columns`), by name and first index.
 
-    With views of what this rank holds of it, 1-D fp32: master, exp_avg, exp_avg_sq.
+    With views of what this rank holds of it, 1-D fp32: master, and moments, of which the first, exp_avg, is an average
+    of gradients that decays by beta1.
     """
 
     name: str
     start: int
     tensors: dict[str, Tensor]
+    beta1: float
 
 
 class NextTokenLoss(nn.Module):
@@ -113,13 +116,16 @@ class Engine:
             for block in decoder.blocks:
                 # A graph for each shape: kernels for any shape would be others, depending on which came first.
                 block.compile(dynamic=False)
+        optimizer = build_optimizer(self.decoder, cfg)
         with redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, in fifteen lines
             self.engine, *_ = deepspeed.initialize(
                 model=NextTokenLoss(self.decoder, n_parts, rank.rank % n_parts, cfg.train.z_loss),
-                optimizer=adamw(self.decoder, cfg.optim),
+                optimizer=optimizer,
                 config=deepspeed_config(cfg),
                 dist_init_required=False,
             )
+        if isinstance(optimizer, Muon):
+            self._place_matrices(optimizer)
         self.timer = StepTimer(rank.device)
         backend = deepspeed.comm.comm.cdb
         for name in COLLECTIVES:
@@ -152,7 +158,7 @@ class Engine:
         all ranks alike, and weights and moments stay as they were.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         with self.timer.part("optimizer"):
             self.engine.step()
             return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
@@ -170,19 +176,22 @@ class Engine:
     def fragments(self) -> Iterator[OwnedFragment]:
         """This rank's part of weights and moments; over all ranks they make the whole, without overlap."""
         has_all = self.rank.rank % self.tensor_parallel == 0
-        for name, start, state, where in self._places():
+        for name, start, group, where in self._places():
             if has_all or re.match(f"{OUTPUTS_SHARED}|{INPUTS_SHARED}", name.partition("@")[0]):
-                yield OwnedFragment(name, start, {kind: state[kind][where] for kind in (MASTER, *MOMENTS)})
+                state, betas = self._state(group)
+                tensors = {kind: tensor[where] for kind, tensor in state.items() if kind in (MASTER, *MOMENTS)}
+                yield OwnedFragment(name, start, tensors, betas[0])
 
     def fill(self, reader: FragmentReader, updates: int) -> None:
         """Takes what this rank holds of weights and moments from a checkpoint, whatever world size or stage wrote it.
 
         `updates` is the number of steps that the moments have seen; with 0 they begin anew.
         """
-        for name, start, state, where in self._places():
+        for name, start, group, where in self._places():
+            state, betas = self._state(group)
             state["step"].fill_(float(updates))
             state[MASTER][where] = reader.read(MASTER, name, start, where.stop - where.start)
-            for kind in MOMENTS:
+            for kind in MOMENTS[: len(betas)]:
                 state[kind][where] = reader.read(kind, name, start, where.stop - where.start) if updates else 0.0
         zero = self.engine.optimizer
         if self.zero_stage < 3:
@@ -193,8 +202,8 @@ class Engine:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()
 
-    def _places(self) -> Iterator[tuple[str, int, dict[str, Tensor], slice]]:
-        """Name, first index, state of the flat partition and place in it, of each parameter this rank has a part of."""
+    def _places(self) -> Iterator[tuple[str, int, int, slice]]:
+        """Name, first index, number of the flat partition and place in it, of each parameter this rank has part of."""
         zero = self.engine.optimizer
         for name, parameter in zip(self.shapes, self.decoder.parameters(), strict=True):
             if self.zero_stage == 3:
@@ -203,13 +212,11 @@ class Engine:
                 # The last parts are padded, or padding alone.
                 numel = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
                 if numel > 0:
-                    flat = zero.fp32_partitioned_groups_flat[group]
-                    yield *self._within(name, start), self._state(flat), slice(offset, offset + numel)
+                    yield *self._within(name, start), group, slice(offset, offset + numel)
             elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-                flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
                 inside = link.hp_fragment_address
                 where = slice(inside.start, inside.start + inside.numel)
-                yield *self._within(name, link.lp_fragment_address.start), self._state(flat), where
+                yield *self._within(name, link.lp_fragment_address.start), link.param_group_index, where
 
     def _within(self, name: str, start: int) -> tuple[str, int]:
         """Name and first index in the whole parameter, from the index in what AutoTP has left of it here."""
@@ -222,22 +229,29 @@ class Engine:
             return str(Columns(name, part * width, (part + 1) * width, columns)), start
         return name, start
 
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
-        """Weights and moments of a flat partition; AdamW makes its own moments only in the first step."""
-        state: dict[str, Tensor] = self.engine.optimizer.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
-        return {MASTER: flat.data, **state}
+    def _flat(self, group: int) -> tuple[Tensor, tuple[float, ...]]:
+        """A flat partition, and the betas of the parameters in it."""
+        zero, groups = self.engine.optimizer, self.engine.optimizer.optimizer.param_groups
+        if self.zero_stage == 3:
+            return zero.fp32_partitioned_groups_flat[group], groups[zero.sub_group_to_group_id[group]]["betas"]
+        return groups[group]["params"][0], groups[group]["betas"]
 
+    def _state(self, group: int) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+        """Weights and moments of a flat partition, and its betas; PyTorch makes the moments only in the first step."""
+        flat, betas = self._flat(group)
+        return {MASTER: flat.data, **ready(self.engine.optimizer.optimizer.state[flat], flat, betas)}, betas
 
-def adamw(decoder: Decoder, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW of PyTorch, fused: nothing is compiled at run time. Matrices are decayed, but not the input embedding."""
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (cfg.weight_decay, 0.0)]
-    for parameter in decoder.parameters():
-        is_decayed = parameter.ndim >= 2 and parameter is not decoder.embedding.weight
-        groups[0 if is_decayed else 1]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    def _place_matrices(self, muon: Muon) -> None:
+        mine = {name: (group, where) for name, _, group, where in self._places()}
+        by_rank = self.rank.gather({name: (group, where.stop - where.start) for name, (group, where) in mine.items()})
+        muon.matrices = {}
+        for turn, (name, shape) in enumerate(self.shapes.items()):
+            groups, numels = zip(*(there.get(name, (0, 0)) for there in by_rank), strict=True)
+            flat, betas = self._flat(max(groups))
+            if len(betas) == 1:
+                owner = max(range(len(numels)), key=lambda rank: (numels[rank], (rank + turn) % len(numels)))
+                matrix = Matrix(shape, mine.get(name, (0, slice(0)))[1], list(numels), owner)
+                muon.matrices.setdefault(flat, []).append(matrix)
 
 
 def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:

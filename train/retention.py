@@ -8,13 +8,14 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import RunConfig, TrainConfig
-from model.decoder import count_parameters, padded_rows
+from model.decoder import padded_rows
 from model.weights import PREFIX, list_checkpoints
+from train.optim import state_bytes
 
 
 def checkpoint_bytes(cfg: RunConfig, vocab_rows: int | None = None) -> int:
-    """Bytes of one checkpoint: master weight and two moments in fp32 for each parameter."""
-    return 12 * count_parameters(cfg.model, vocab_rows or padded_rows(cfg.tokenizer.vocab_size))
+    """Bytes of one checkpoint: master weights and moments in fp32."""
+    return state_bytes(cfg, vocab_rows or padded_rows(cfg.tokenizer.vocab_size))
 
 
 def checkpoints_on_disk(train: TrainConfig, from_step: int = 0, present: Sequence[int] = ()) -> int:

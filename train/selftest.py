@@ -59,7 +59,7 @@ def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_r
     norm, applied = engine.step(cfg.optim.lr)
     shares = [sum(mine.count(turn) for mine in turns) / sum(map(len, turns)) for turn in (0, 1)]
     reference = _reference(cfg, vocab_rows, reader, batches[:2], shares) if rank.is_first else None
-    scale = (1 - cfg.optim.beta1) * min(1.0, cfg.optim.grad_clip / norm) if applied else math.nan
+    scale = min(1.0, cfg.optim.grad_clip / norm) if applied else math.nan
     errors = _relative_errors(engine, rank, reference, scale)
     checkpoint.restore(whole, engine, rank, cfg.seed)
 
@@ -146,7 +146,8 @@ def _relative_errors(engine: Engine, rank: Rank, reference: list[Tensor] | None,
             columns, moment = Columns.parse(fragment.name), fragment.tensors["exp_avg"]
             if name == (columns.name if columns else fragment.name):
                 whole = columns.of(expected) if columns else expected
-                off.append(moment / scale - whole[fragment.start : fragment.start + moment.numel()])
+                gradient = moment / (scale * (1 - fragment.beta1))
+                off.append(gradient - whole[fragment.start : fragment.start + moment.numel()])
         off_squares.append(sum(float(part.double().square().sum()) for part in off))
     least = 1e-6 * sum(squares)
     pairs = zip(rank.sum(off_squares), squares, strict=True)

@@ -5,7 +5,8 @@ import torch
 from model.weights import MASTER
 from train import checkpoint
 from train.checkpoint import Snapshot
-from train.engine import MOMENTS, OwnedFragment
+from train.engine import OwnedFragment
+from train.optim import MOMENTS
 from train.progress import Progress
 
 IDENTITY = {"corpus_hash": "c", "seq_len": 32, "seed": 1, "vocab_rows": 256}
@@ -18,10 +19,10 @@ class Weights:
     def __init__(self, seed, rank=0, world_size=1):
         generator = torch.Generator().manual_seed(seed)
         self.start, end = (NUMEL * r // world_size for r in (rank, rank + 1))
-        self.tensors = {k: torch.randn(NUMEL, generator=generator)[self.start : end] for k in (MASTER, *MOMENTS)}
+        self.tensors = {k: torch.randn(NUMEL, generator=generator)[self.start : end] for k in (MASTER, *MOMENTS[:2])}
 
     def fragments(self):
-        yield OwnedFragment("weight", self.start, self.tensors)
+        yield OwnedFragment("weight", self.start, self.tensors, 0.9)
 
     def fill(self, reader, updates):
         for kind, tensor in self.tensors.items():
