@@ -29,8 +29,8 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
     DeepSpeed's `max_live_parameters`). ZeRO-1 in bf16 keeps whole gradients in bf16 and in fp32 besides; the others
     keep their share in fp32 and pass the rest on in buckets. What the optimizer keeps in fp32 (master weights and
     moments, 12 bytes a parameter with AdamW) is shared out over all devices. The loss has a chunk of logits in fp32,
-    in bf16 besides where that is what is computed in, the gradient of the output matrix in fp32 and as it is passed
-    on, and that of the hidden states (model/loss.py). Devices that share matrices have their part of heads and inner
+    in bf16 besides where that is what is computed in, the gradient of the output matrix in fp32, and that of the
+    hidden states (model/loss.py). Devices that share matrices have their part of heads and inner
     widths, those that share sequences of the tokens; a group that has weights whole, one copy over its devices.
     """
     rows, engine = padded_rows(cfg.tokenizer.vocab_size), cfg.engine
@@ -52,7 +52,7 @@ def device_memory(cfg: RunConfig) -> dict[str, float]:
         "buckets": min(cfg.engine.bucket_elements, parameters) * 4 * 2,
         "activations": tokens * activation_bytes_per_token(model, bytes_each, engine.recompute),
         "loss": chunk * (4 if bytes_each == 4 else 6)
-        + model.d_model * (rows * (4 if bytes_each == 4 else 6) + (tokens + min(rows, ROWS)) * bytes_each),
+        + model.d_model * (rows * 4 + (tokens + min(rows, ROWS)) * bytes_each),
     }
 
 
