@@ -47,7 +47,7 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
         seqs //= 2
     raise UserError(
         "no layout fits; the least of them:\n    " + told[-1],
-        f"{cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB a device, of which {USABLE_SHARE:.0%} may be planned",
+        f"{cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB a device; {USABLE_SHARE:.0%} may be planned",
         "more nodes; or engine.tensor_parallel=2, 4 or 8, within a node",
     )
 
