@@ -203,7 +203,8 @@ def test_every_layout_steps_as_a_plain_loop(on_two_ranks, layout):
         return
     found = weights_of(folder / "-".join(map(str, layout)) / "whole/checkpoints/step-000000006")
     for name, expected_weight in weights.items():
-        assert torch.allclose(found[name], expected_weight, atol=2e-5), name
+        # A hundredth of a step: where a first gradient is near 1e-8, AdamW makes a good part of a step of its rounding.
+        assert torch.allclose(found[name], expected_weight, atol=1e-4), name
 
 
 def test_stages_differ_in_the_order_of_sums_alone(on_two_ranks):

@@ -225,7 +225,7 @@ def test_metrics_tell_how_long_a_run_waited_for_text(runs, corpus):
     halt = partial(slow_disk, 0.1), partial(stop_after, 4)
     assert train(run_dir, corpus, *settings, faults=halt).status == EXIT_UNFINISHED
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    told = [(line["data_s"], line["starved_steps"]) for line in lines if line["kind"] == "train"]
+    told = [(line["split_s"]["data"], line["starved_steps"]) for line in lines if line["kind"] == "train"]
     assert [starved for _, starved in told] == [2, 2]
     # Four micro batches a step; what is read while a step is done is not waited for.
     assert 0.4 < sum(data_s for data_s, _ in told) < 1.6
