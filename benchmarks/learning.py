@@ -123,10 +123,10 @@ def draw(path: Path, our_curve: list[float], their_curve: list[float]) -> None:
         for step in range(0, len(our_curve) + 1, 20)
     )
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 8} {height}" font-family="sans-serif" '
         f'font-size="12" fill="#555" role="img">'
         f"<title>Loss of our decoder and of transformers' Qwen3ForCausalLM in the same loop</title>"
-        f'<rect width="{width}" height="{height}" fill="#fff"/>'
+        f'<rect width="{width + 8}" height="{height}" fill="#fff"/>'
         f'<path d="M{left} 8V{height - bottom}H{width - 8}" fill="none" stroke="#999"/>{ticks}'
         f'<text x="{width - 16}" y="26" text-anchor="end">largest difference '
         f"{apart(our_curve, their_curve):.0e} of the loss</text>"
