@@ -72,31 +72,24 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
 
 def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
     """How devices share the work."""
-    engine, world = cfg.engine, cfg.cluster.world_size
-    group = engine.group_size
-    for name, reason in (("tensor_parallel", "matrices"), ("sequence_parallel", "heads of attention")):
-        size, shared = getattr(engine, name), {"model.n_head": cfg.model.n_head, "model.n_kv_head": cfg.model.n_kv_head}
-        if name == "tensor_parallel":
-            shared["model.d_ff"] = cfg.model.d_ff
-        else:
-            shared["train.seq_len"] = cfg.train.seq_len
-        shared["cluster.devices_per_node"] = cfg.cluster.devices_per_node
-        if uneven := {setting: value for setting, value in shared.items() if value % size}:
-            told = ", ".join(f"{setting} = {value}" for setting, value in uneven.items())
+    engine, world, group = cfg.engine, cfg.cluster.world_size, cfg.engine.group_size
+    shared = {f"model.{name}": getattr(cfg.model, name) for name in ("n_head", "n_kv_head", "d_ff")}
+    shared |= {"train.seq_len": cfg.train.seq_len, "cluster.devices_per_node": cfg.cluster.devices_per_node}
+    for name, size in (("tensor", engine.tensor_parallel), ("sequence", engine.sequence_parallel)):
+        if uneven := [f"{setting} = {value}" for setting, value in shared.items() if value % size]:
             fitting = [n for n in range(1, size) if not any(value % n for value in shared.values())]
-            rule = f"the devices of a group have equal parts of {reason}, and are of one node, where links are fast"
-            yield UserError(f"engine.{name} = {size}, {told}", rule, f"engine.{name} one of {fitting}")
+            rule = "the devices of a group have equal parts, and are of one node, where links are fast"
+            found = f"engine.{name}_parallel = {size}, {', '.join(uneven)}"
+            yield UserError(found, rule, f"engine.{name}_parallel one of {fitting}")
             return
     if engine.tensor_parallel > 1 and cfg.optim.name is OptimizerName.muon:
         found = f"optim.name = muon with engine.tensor_parallel = {engine.tensor_parallel}"
         rule = "muon makes whole matrices orthogonal, of which tensor parallelism leaves each device a part"
         yield UserError(found, rule, "engine.tensor_parallel=1 with engine=zero3, or optim=adamw")
     if engine.tensor_parallel > 1 and engine.sequence_parallel > 1:
-        found = (
-            f"engine.tensor_parallel = {engine.tensor_parallel}, engine.sequence_parallel = {engine.sequence_parallel}"
-        )
+        found = "engine.tensor_parallel and engine.sequence_parallel are both set"
         rule = "the devices of a group share either matrices or sequences"
-        yield UserError(found, rule, "set one of both to 1: sequence_parallel for long sequences, else tensor_parallel")
+        yield UserError(found, rule, "sequence_parallel alone for long sequences, else tensor_parallel alone")
     for name, size in cfg.train.step_sizes:
         seqs, shares = size // cfg.train.seq_len, world // group
         if seqs % shares:

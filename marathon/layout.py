@@ -8,21 +8,18 @@ from configs.errors import UserError
 from configs.schema import EngineConfig, RunConfig
 from marathon.plan import USABLE_SHARE, device_memory
 
-COSTS = [
-    (1, Recompute.none, "gradients are reduced once a step, nothing is computed twice"),
-    (2, Recompute.none, "gradients are reduced with every micro batch"),
-    (1, Recompute.selective, "norms, rotations and SwiGLU are computed twice"),
-    (
-        2,
-        Recompute.selective,
-        "gradients are reduced with every micro batch, norms, rotations and SwiGLU computed twice",
-    ),
-    (3, Recompute.none, "weights are gathered for each block, forward and backward"),
-    (3, Recompute.selective, "weights are gathered for each block; norms, rotations and SwiGLU are computed twice"),
-    (2, Recompute.full, "blocks are computed twice: a third more work"),
-    (3, Recompute.full, "weights are gathered for each block, and blocks computed twice: a third more work"),
-]
-"""ZeRO stage and recomputation, the cheaper first, and what each costs."""
+NONE, SELECTIVE, FULL = Recompute.none, Recompute.selective, Recompute.full
+CHEAPER_FIRST = [(1, NONE), (2, NONE), (1, SELECTIVE), (2, SELECTIVE), (3, NONE), (3, SELECTIVE), (2, FULL), (3, FULL)]
+STAGE_COSTS = {
+    1: "gradients are reduced once a step",
+    2: "gradients are reduced with every micro batch",
+    3: "weights are gathered for each block, forward and backward",
+}
+RECOMPUTE_COSTS = {
+    NONE: "nothing is computed twice",
+    SELECTIVE: "norms, rotations and SwiGLU are computed twice",
+    FULL: "blocks are computed twice, a third more work",
+}
 
 
 def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -34,13 +31,14 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
         return cfg, []
     usable_gib, told, seqs = USABLE_SHARE * cfg.cluster.device_memory_gib, [], cfg.train.max_micro_batch_seqs
     while seqs:
-        for layout, cost in _candidates(cfg):
+        for layout in _candidates(cfg):
             chosen = replace(cfg, engine=layout, train=replace(cfg.train, max_micro_batch_seqs=seqs))
             needed_gib = sum(device_memory(chosen).values()) / 2**30
-            groups = f", weights whole in groups of {layout.shard_group}" if layout.shard_group else ""
+            groups = f" within groups of {layout.shard_group}" if layout.shard_group else ""
             told.append(
-                f"ZeRO-{layout.zero_stage}{groups}, recompute={layout.recompute}, {seqs} sequences at a time: "
-                f"{needed_gib:.1f} of {usable_gib:.1f} GiB; {cost}"
+                f"ZeRO-{layout.zero_stage}{groups}, recompute={layout.recompute}, train.max_micro_batch_seqs={seqs}: "
+                f"{needed_gib:.1f} of {usable_gib:.1f} GiB; "
+                f"{STAGE_COSTS[layout.zero_stage]}{groups}; {RECOMPUTE_COSTS[layout.recompute]}"
             )
             if needed_gib <= usable_gib:
                 return chosen, [f"layout        {told.pop()}", *(f"  too much: {line}" for line in told)]
@@ -52,13 +50,13 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
     )
 
 
-def _candidates(cfg: RunConfig) -> Iterator[tuple[EngineConfig, str]]:
-    """What the config leaves open, in the order of `COSTS`; ZeRO-3 over several nodes first with weights on each."""
+def _candidates(cfg: RunConfig) -> Iterator[EngineConfig]:
+    """What the config leaves open, the cheaper first; ZeRO-3 over several nodes first with weights on each."""
     engine, cluster = cfg.engine, cfg.cluster
-    for stage, recompute, cost in COSTS:
+    for stage, recompute in CHEAPER_FIRST:
         if engine.zero_stage not in (0, stage) or engine.recompute not in (Recompute.auto, recompute):
             continue
         layout = replace(engine, zero_stage=stage, recompute=recompute)
         if stage == 3 and cluster.nodes > 1 and cluster.devices_per_node > 1 and not engine.shard_group:
-            yield replace(layout, shard_group=cluster.devices_per_node), f"{cost}, within a node"
-        yield layout, cost
+            yield replace(layout, shard_group=cluster.devices_per_node)
+        yield layout

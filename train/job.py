@@ -134,7 +134,7 @@ class Job:
         train, progress = self.cfg.train, read_manifest(source)["progress"]
         require_identity(source, identity, earlier_corpora)
         theirs = load(source.parents[1] / "config.yaml")
-        if other := [key for key in diff(theirs, self.cfg) if key.startswith("model.")]:
+        if other := [key for key in diff(theirs, self.cfg) if key.startswith(("model.", "optim.name"))]:
             found = f"{', '.join(other)} differ from what {source} was trained with"
             raise UserError(found, "train.begin_from takes weights as they are", "the model of that run")
         step, tokens = progress["step"], progress["tokens"]

@@ -1,13 +1,22 @@
 """Layouts that share sequences, matrices or weights among devices, against a plain loop in one process."""
 
 import dataclasses
+import itertools
+import re
 
 import pytest
+import torch
 
 from configs.checks import check
+from configs.compose import compose
 from configs.enums import Precision, Recompute
+from configs.errors import UserError
+from marathon.layout import choose
+from model.weights import MASTER, Columns, FragmentReader
 from tests.train.ranks import run_ranks
 from tests.train.test_engine import build, config, engine_steps, plain_loop, save
+from train.checkpoint import Snapshot, commit, write_part, writing_folder
+from train.progress import Progress
 
 STEPS = 20
 LAYOUTS = {
@@ -78,3 +87,55 @@ def test_every_layout_steps_as_a_plain_loop(trained):
         if "bf16" not in layout:
             assert [norm for _, norm in whole] == pytest.approx([norm for _, norm in expected], rel=1e-2), layout
         assert resumed == whole[STEPS // 2 :], layout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "repair"),
+    [
+        (["engine.tensor_parallel=4", "cluster.devices_per_node=4"], "engine.tensor_parallel one of [1, 2]"),
+        (["engine.sequence_parallel=3", "cluster.devices_per_node=3"], "engine.sequence_parallel one of [1]"),
+        (["engine.sequence_parallel=2", "cluster.devices_per_node=1", "cluster.nodes=2"], "one of [1]"),
+        (["engine.sequence_parallel=2", "engine.tensor_parallel=2", "cluster.devices_per_node=4"], "alone"),
+        (["engine.shard_group=2", "cluster.devices_per_node=4"], "engine.shard_group=0, or engine=zero3"),
+        (["engine.shard_group=3", "engine.zero_stage=3", "cluster.devices_per_node=4"], "one of [2]"),
+        (["engine.tensor_parallel=2", "optim=muon"], "optim=adamw"),
+    ],
+)
+def test_layouts_that_cannot_be_or_do_nothing_are_refused(overrides, repair):
+    with pytest.raises(UserError, match=re.escape(repair)):
+        compose(["experiment=smoke", *overrides])
+
+
+def test_what_is_stored_by_columns_is_read_as_the_whole_and_as_other_columns(tmp_path):
+    """Four writers of a fifth to two fifths of the columns each, in two ranges; any range of any columns is right."""
+    matrix, bounds = torch.arange(7 * 10.0).view(7, 10), [0, 2, 4, 8, 10]
+    folder = writing_folder(tmp_path, 1)
+    for rank, (first, end) in enumerate(itertools.pairwise(bounds)):
+        name, part = str(Columns("w", first, end, 10)), matrix[:, first:end].flatten()
+        ranges = {0: part[:5], 5: part[5:]}
+        tensors = {f"{MASTER}/{name}/{start}": values.clone() for start, values in ranges.items()}
+        write_part(folder, rank, Snapshot(tensors, [(name, start, len(values)) for start, values in ranges.items()]))
+    reader = FragmentReader(commit(tmp_path, Progress(step=1).to_json(), {}, 4))
+    for first, end in [(0, 10), *itertools.combinations(range(0, 11, 2), 2)]:
+        name = "w" if end - first == 10 else str(Columns("w", first, end, 10))
+        expected = matrix[:, first:end].flatten()
+        for start, stop in itertools.combinations(range(0, len(expected) + 1, 3), 2):
+            assert torch.equal(reader.read(MASTER, name, start, stop - start), expected[start:stop])
+
+
+def test_a_layout_is_the_cheapest_that_fits():
+    def chosen(*overrides):
+        cfg, told = choose(
+            compose(["experiment=eu24_8b", "cluster=lumi", "engine=auto", "engine.recompute=auto", *overrides])
+        )
+        return cfg.engine.zero_stage, cfg.engine.recompute, cfg.engine.shard_group, told
+
+    assert choose(given := compose(["experiment=smoke"])) == (given, [])
+    small = chosen("model=160m", "cluster.nodes=1")
+    assert small[:3] == (1, Recompute.none, 0) and len(small[3]) == 1
+    stage, recompute, _, told = chosen("cluster.nodes=32")
+    assert (stage, recompute) != (1, Recompute.none) and "too much: ZeRO-1, recompute=none" in "\n".join(told)
+    assert chosen("model=32b", "cluster.nodes=64")[0] == 3
+    assert chosen("cluster.nodes=32", "engine.zero_stage=3")[0] == 3
+    with pytest.raises(UserError, match="no layout fits"):
+        chosen("model=70b", "cluster.nodes=1")
