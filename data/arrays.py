@@ -76,11 +76,9 @@ def queued(name: str) -> int:
     try:
         shown = subprocess.run(["squeue", "-h", "-r", "--me", "-o", "%j"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            _reason(error),
-            "tasks.runner=slurm asks Slurm whether it is at the corpus already",
-            "run it on a login node, again in a minute where Slurm did not answer; or tasks.runner=local",
-        ) from None
+        rule = "tasks.runner=slurm asks Slurm whether it is at the corpus already"
+        repair = "run it on a login node, again in a minute where Slurm did not answer; or tasks.runner=local"
+        raise UserError(_reason(error), rule, repair) from None
     return sum(line.startswith(f"{name}-") for line in shown.stdout.splitlines())
 
 

@@ -34,7 +34,6 @@ class Tally:
     changed: int = 0
     """Documents whose text is another one after the step."""
     rejected: dict[str, list[int]] = field(default_factory=dict)
-    """By reason."""
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     """The first few of each reason: source, location and the beginning of the text."""
 
@@ -57,23 +56,20 @@ class Audit:
     """Tallies by step, in the order of the steps, and language."""
 
     def __init__(self, steps: Iterable[str] = ()) -> None:
-        self.steps: dict[str, dict[str, Tally]] = {step: {} for step in steps}
+        self.steps: defaultdict[str, defaultdict[str, Tally]] = defaultdict(lambda: defaultdict(Tally))
+        self.steps |= {step: defaultdict(Tally) for step in steps}
         self.records: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By source: how many were `read`, and how many of them are no documents, by reason."""
 
     def tally(self, step: str, language: str) -> Tally:
         """The tally of one step in one language, begun where there is none."""
-        try:  # asked for every document
-            return self.steps[step][language]
-        except KeyError:
-            return self.steps.setdefault(step, {}).setdefault(language or UNKNOWN, Tally())
+        return self.steps[step][language or UNKNOWN]
 
     def count_record(self, source: str, language: str, n_bytes: int, reason: str = "") -> None:
         """Counts a record as read, and as bad where there is a reason."""
         counts = self.records[source]
         counts[READ] += 1
-        came = self.tally(READ, language).came
-        came[0], came[1] = came[0] + 1, came[1] + n_bytes
+        count(self.tally(READ, language).came, 1, n_bytes)
         if reason:
             counts[reason] += 1
 
@@ -128,11 +124,8 @@ class Audit:
     def save(self, path: Path) -> None:
         """Writes the audit as JSON, the same for the same counts."""
         self.follow()
-        steps = {
-            step: {language: vars(tally) for language, tally in sorted(languages.items())}
-            for step, languages in self.steps.items()
-        }
-        write_whole(path, json.dumps({"steps": steps, "records": self.records}, ensure_ascii=True, indent=1) + "\n")
+        steps = {step: dict(sorted(languages.items())) for step, languages in self.steps.items()}
+        write_whole(path, json.dumps({"steps": steps, "records": self.records}, default=vars, indent=1) + "\n")
 
     @classmethod
     def load(cls, *paths: Path) -> "Audit":
@@ -141,9 +134,9 @@ class Audit:
         for path in paths:
             part = json.loads(path.read_text(encoding="utf-8"))
             for step, languages in part["steps"].items():
-                whole.steps.setdefault(step, {})
+                tallies = whole.steps[step]  # here, though it may have counted nothing
                 for language, tally in languages.items():
-                    whole.tally(step, language).add(Tally(**tally))
+                    tallies[language].add(Tally(**tally))
             for source, counts in part["records"].items():
                 whole.records[source].update(counts)
         whole.follow()

@@ -130,11 +130,6 @@ def _read(path: Path) -> Hashes:
     return whole[_HEADER_BYTES:].view(np.uint64).reshape(height, width)
 
 
-def count_rows(path: Path) -> int:
-    """How many documents the hashes of a file are of."""
-    return int(_read(path).shape[1])
-
-
 def _damaged(path: Path, found: str) -> UserError:
     repair = "remove its folder: it is made anew"
     return UserError(f"{path}: {found}", "hashes stand whole beside the documents they were made from", repair)

@@ -37,7 +37,7 @@ from data.audit import EXAMPLES, READ, Audit, write_page
 from data.cleaning import MATCHES, Cleaning, clean_unit, cleaning
 from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
-from data.dedup import Copies, count_rows, find_copies, find_repeated_ids
+from data.dedup import Copies, find_copies, find_repeated_ids
 from data.engine import Step, whole
 from data.files import InputFile, find_list, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
@@ -201,8 +201,9 @@ class Documents:
 
     def _require_text_in_every_language(self, audit: Audit) -> None:
         n_docs: Counter[tuple[str, str]] = Counter()
-        for path, file in self._hash_files().items():
-            n_docs[file.language, file.split] += int(self.store.is_kept(file.name, count_rows(path)).sum())
+        for file in self.store.stored():
+            n_rows = pq.read_metadata(self.store.root / file.name).num_rows
+            n_docs[file.language, file.split] += int(self.store.is_kept(file.name, n_rows).sum())
         wanted = self.cfg.languages or sorted({lang for lang, _ in n_docs})
         lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
         if wanted and not lacking:

@@ -76,11 +76,10 @@ def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
                     for _ in workers.map(do, tasks, chunksize=chunk):
                         progress.advance()
             except BrokenProcessPool:
-                raise UserError(
-                    f"a process of the step {step.name} was killed",
-                    "most often the memory was not enough",
-                    f"tasks.workers={max(n_workers // 2, 1)}, or a machine with more memory; what is done is kept",
-                ) from None
+                found, rule = f"a process of the step {step.name} was killed", "most often the memory was not enough"
+                fewer = f"tasks.workers={max(n_workers // 2, 1)}"
+                repair = f"{fewer}, or a machine with more memory; what is done is kept"
+                raise UserError(found, rule, repair) from None
 
 
 def do(task: tuple[Step, str]) -> None:

@@ -150,11 +150,9 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: {error.strerror or error}",
-            "files of a source exist and can be read by the user who runs this",
-            _REPAIRS.get(error.errno or 0, "see to the file system"),
-        ) from None
+        rule = "files of a source exist and can be read by the user who runs this"
+        repair = _REPAIRS.get(error.errno or 0, "see to the file system")
+        raise UserError(f"{error.filename or path}: {error.strerror or error}", rule, repair) from None
 
 
 def damaged(found: str, repair: str) -> UserError:

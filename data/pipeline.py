@@ -60,7 +60,8 @@ def prepare(cfg: RunConfig) -> Path | None:
                 run_here(corpus.steps(), cfg.tasks)
         if not corpus.is_complete:
             return None
-        print(_without_languages((corpus.folder / "tokenizer" / REPORT).read_text(encoding="utf-8")), flush=True)
+        head, *rows = (corpus.folder / "tokenizer" / REPORT).read_text(encoding="utf-8").splitlines()
+        print("\n".join([head, *dropwhile(lambda row: not row.startswith("mean"), rows)]), flush=True)
     corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
         corpus.documents.refuse_bad_share(Audit.load(audit.with_suffix(".json")))  # the limit may be another by now
@@ -101,11 +102,6 @@ def language_table(manifest: Manifest) -> str:
             reasons = ", ".join(f"{reason} {n:,}" for reason, (n, _) in sorted(counts["rejected"].items()))
             lines.append(f"left out by {step}: {reasons}")
     return "\n".join(lines)
-
-
-def _without_languages(report: str) -> str:
-    head, *rows = report.splitlines()
-    return "\n".join([head, *dropwhile(lambda row: not row.startswith("mean"), rows)])
 
 
 class Corpus:
@@ -177,14 +173,11 @@ class Corpus:
     def _has(self, name: str, unit: str) -> bool:
         return (self._work / name.replace("{}", unit)).exists()
 
-    def _words(self, language: str) -> Path:
-        return self._work / "words" / f"{language}.json"
-
     def _count(self, language: str) -> None:
         counts: Counter[str] = Counter()
         for text in self.documents.store.texts(language, TRAIN, self._tokenizer.max_train_bytes_per_language):
             tokenizer.count_words(text, counts)
-        write_whole(self._words(language), json.dumps(counts, ensure_ascii=False))
+        write_whole(self._work / "words" / f"{language}.json", json.dumps(counts, ensure_ascii=False))
 
     def _export(self, _: str) -> None:
         """Takes the tokenizer that is given, in the forms that are used."""
@@ -195,8 +188,8 @@ class Corpus:
         """Trains the tokenizer, where none is given, and decides which documents make which shard."""
         weights: dict[str, float] = {}
         if not self._tokenizer.path:
-            languages = self.documents.store.languages()
-            words = {lang: Counter(json.loads(self._words(lang).read_text(encoding="utf-8"))) for lang in languages}
+            files = {lang: self._work / f"words/{lang}.json" for lang in self.documents.store.languages()}
+            words = {lang: Counter(json.loads(file.read_text(encoding="utf-8"))) for lang, file in files.items()}
             print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
             model, weights = balance.train(words, self._tokenizer)
             tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
@@ -223,9 +216,6 @@ class Corpus:
         shards = self._plan()["shards"]
         return sorted(shards, key=lambda stem: (-len(shards[stem]), stem))  # the longest first
 
-    def _entry_path(self, stem: str) -> Path:
-        return self._work / "entries" / f"{stem}.json"
-
     def _write(self, stem: str) -> None:
         """One shard, and its entry of the manifest when the files are whole."""
         encoder = _encoder(self._work / "tokenizer")
@@ -244,13 +234,13 @@ class Corpus:
         hashes = {suffix: sha256(writer.stem.with_name(stem + suffix)) for suffix in SUFFIXES}
         counts = writer.n_docs, writer.n_tokens, writer.n_bytes
         entry = ShardEntry(f"shards/{stem}", source, lang, split, sorted(licences), *counts, hashes)
-        write_whole(self._entry_path(stem), json.dumps(dataclasses.asdict(entry)))
+        write_whole(self._work / "entries" / f"{stem}.json", json.dumps(dataclasses.asdict(entry)))
 
     def _is_whole(self, _: str = "all") -> bool:
         return (self.folder / MANIFEST).exists()
 
     def _finish(self, _: str) -> None:
-        entries = [json.loads(self._entry_path(stem).read_text()) for stem in sorted(self._stems())]
+        entries = [json.loads((self._work / f"entries/{stem}.json").read_text()) for stem in sorted(self._stems())]
         facts = json.loads((self.documents.store.folder / COMPLETE).read_text(encoding="utf-8"))
         encoder, names = _encoder(self._work / "tokenizer"), (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
         hashes = {name: sha256(self._work / "tokenizer" / name) for name in names}
