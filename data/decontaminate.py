@@ -25,24 +25,20 @@ Matches = NDArray[np.uint32]
 
 
 class Item(NamedTuple):
-    """A text of an evaluation."""
+    """A text of an evaluation, and its place: file and line."""
 
     place: str
-    """File and line."""
     text: str
 
 
 class Finding(NamedTuple):
-    """An item that documents hold some of."""
+    """An item of which documents hold `n_ngrams`, the first of them normalised, and file and row of the first few."""
 
     place: str
     ngram: str
-    """The first of its n-grams that was found, normalised."""
     n_ngrams: int
-    """How many of them were found."""
     n_documents: int
     examples: list[tuple[str, int]]
-    """The first few documents: file and row."""
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:

@@ -41,16 +41,13 @@ _RANK, _ID, _TEXT, _FIRST_BAND = 0, slice(1, 3), slice(3, 5), 5
 
 
 class Copies(NamedTuple):
-    """What there is of copies in one file, as numbers of rows in ascending order."""
+    """Rows of one file, ascending: those that go as exact copies, those that go as near copies, and those that stay for
+    others, each with the number of documents that it stands for, itself included."""
 
     exact: Rows
-    """Rows that go even where only exact copies are looked for."""
     near: Rows
-    """Rows that go as near copies."""
     kept: Rows
-    """Rows that stay for others."""
     n_alike: Rows
-    """For each row of `kept`: how many documents it stands for, itself included."""
 
 
 def document_hashes(

@@ -75,15 +75,12 @@ class Documents:
     def steps(self) -> list[Step]:
         """What makes the documents, in order."""
         has = self.store.has
+        questions = Step("questions", whole, partial(has, SEARCHED), self._search)
         return [
             Step("clean", partial(list, self.store.units), partial(has, "units/{}"), self._clean),
             Step("ids", partial(list, self._files), partial(has, "repeated/{}.json"), self._compare_ids),
             Step("dedup", self.store.languages, partial(has, "dropped/{}.json"), self._deduplicate),
-            *(
-                [Step("questions", whole, partial(has, SEARCHED), self._search)]
-                if self.cfg.decontaminate.against
-                else []
-            ),
+            *([questions] if self.cfg.decontaminate.against else []),
             Step("documents", whole, self._is_whole, self._finish),
         ]
 
@@ -101,11 +98,10 @@ class Documents:
 
     def _compare_ids(self, source: str) -> None:
         files = self._hash_files(source=source)
-        n_repeated = 0
-        for path, rows in find_repeated_ids(list(files)) if files else ():
+        repeated = dict(find_repeated_ids(list(files))) if files else {}
+        for path, rows in repeated.items():
             self.store.save_rows(files[path].name, REPEATED, rows)
-            n_repeated += len(rows)
-        write_whole(self.store.work / "repeated" / f"{source}.json", f"{n_repeated}\n")
+        write_whole(self.store.work / "repeated" / f"{source}.json", f"{sum(map(len, repeated.values()))}\n")
 
     def _deduplicate(self, language: str) -> None:
         """Names the rows of a language that are left out, and counts them."""
@@ -174,8 +170,8 @@ class Documents:
         self.refuse_bad_share(audit)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
-        title, told = "What became of every document", {"documents": self.store.folder.name}
-        write_page(audit, title, told, self.store.work / "audit.html")
+        told = {"documents": self.store.folder.name}
+        write_page(audit, "What became of every document", told, self.store.work / "audit.html")
         opt_outs = rights.list_facts(self.cfg.clean.opt_out)
         facts = {
             "sources": {
@@ -189,10 +185,7 @@ class Documents:
                 for name, source in self.cfg.sources.items()
             },
             "steps": audit.sums(),
-            "lists": [
-                {"file": Path(path).name, "sha256": known, **opt_outs.get(path, {})}
-                for path, known in self.lists.items()
-            ],
+            "lists": [{"file": Path(p).name, "sha256": h, **opt_outs.get(p, {})} for p, h in self.lists.items()],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         for leftover in [*self.store.work.glob("units/**/.*")]:  # of killed processes

@@ -121,16 +121,14 @@ class _Stock:
         languages, sources = zip(*(part.split("/") for part in available), strict=True)
         factors = [cfg.sources.get(source, 1.0) for source in sources]
         if not any(factors):
-            found, repair = f"{name}.sources = {cfg.sources}", "give a source a factor above 0"
-            raise UserError(found, "some text has to be drawn", repair)
+            found = f"{name}.sources = {cfg.sources}"
+            raise UserError(found, "some text has to be drawn", "give a source a factor above 0")
         drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
         for setting, known in {"weights": drawn, "sources": sources, "max_epochs_of": sources}.items():
             if unknown := sorted(getattr(cfg, setting).keys() - set(known)):
-                raise UserError(
-                    f"{name}.{setting} names {', '.join(unknown)}",
-                    f"the corpus has training text in {', '.join(sorted(set(known)))}",
-                    f"take them out of {name}.{setting}, or add a source",
-                )
+                rule = f"the corpus has training text in {', '.join(sorted(set(known)))}"
+                repair = f"take them out of {name}.{setting}, or add a source"
+                raise UserError(f"{name}.{setting} names {', '.join(unknown)}", rule, repair)
         self.parts = list(available)
         self.tokens: Array = np.array(list(available.values()), np.float64)
         self.weight = self.tokens * factors

@@ -41,11 +41,9 @@ def remove_documents(corpus_dir: Path, ids: Iterable[str], reason: str) -> list[
     found = {doc_id for in_shard in rows.values() for doc_id in in_shard.values()}
     before = {known for removal in manifest.removed for known in removal["ids_sha256"]}
     if missing := [doc_id for doc_id in wanted if doc_id not in found and _sha256(doc_id) not in before]:
-        raise UserError(
-            f"{len(missing)} of {len(wanted)} ids are in no shard of {corpus_dir}: {', '.join(missing[:3])}",
-            "ids are those of the sources; copies, rejected and removed documents have none here",
-            "leave them out of ids=; `marathon trace` shows ids as they are",
-        )
+        found_none = f"{len(missing)} of {len(wanted)} ids are in no shard of {corpus_dir}: {', '.join(missing[:3])}"
+        rule = "ids are those of the sources; copies, rejected and removed documents have none here"
+        raise UserError(found_none, rule, "leave them out of ids=; `marathon trace` shows ids as they are")
     if not found:
         return []  # removed before
     touched = [entry for entry in manifest.shards if rows[entry.stem]]

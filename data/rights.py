@@ -111,9 +111,8 @@ def _rules(paths: Iterable[str]) -> dict[str, str]:
     newest: dict[str, tuple[str, str]] = {}
     shared: dict[str, str] = {}
     for robots in filter(None, (robots for path in paths for robots in _robots(path))):
-        rules = ""
-        if _DISALLOWS.search(robots.text):
-            rules = _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff"))
+        text = robots.text.removeprefix("\ufeff")
+        rules = _SITEMAP_OR_COMMENT.sub("", text) if _DISALLOWS.search(text) else ""
         host, dated = split_address(robots.url)[0], (robots.date, shared.setdefault(rules, rules))
         newest[host] = max(newest.get(host, dated), dated)
     return {host: rules for host, (_, rules) in newest.items() if rules}

@@ -73,12 +73,10 @@ def read_file(name: str, source: SourceConfig, file: InputFile, online: bool = F
     damaged or unreadable.
     """
     if source.format is SourceFormat.hub and not _is_local(source.path) and not online:
-        raise UserError(
-            f"corpus source {source.path} is asked of the hub with cluster.online = false",
-            "compute nodes are taken to have no network: data is staged before",
-            f"on a login node: hf download --repo-type dataset {source.path} --revision {source.hub_revision} "
-            "--local-dir DIR; then path=DIR. Or prepare the corpus there with cluster.online=true",
-        )
+        found = f"corpus source {source.path} is asked of the hub with cluster.online = false"
+        fetch = f"hf download --repo-type dataset {source.path} --revision {source.hub_revision} --local-dir DIR"
+        repair = f"on a login node: {fetch}; then path=DIR. Or prepare the corpus there with cluster.online=true"
+        raise UserError(found, "compute nodes are taken to have no network: data is staged before", repair)
     read, _ = READERS[source.format]
     for location, value, problem in read(source, file):
         if problem := problem or _problem(value, source):
@@ -118,10 +116,9 @@ def _problem(value: Any, source: SourceConfig) -> str:
         return "language_malformed"
     if type(value.get(source.id_field)) not in (str, NoneType, int):  # bool is an int and no id
         return "id_malformed"
-    if (field := source.url_field) and type(value.get(field)) not in (str, NoneType):
-        return "url_malformed"
-    if (field := source.licence_field) and type(value.get(field)) not in (str, NoneType):
-        return "licence_malformed"
+    for what, field in (("url", source.url_field), ("licence", source.licence_field)):
+        if field and not isinstance(value.get(field), str | None):
+            return f"{what}_malformed"
     return ""
 
 

@@ -171,10 +171,9 @@ class Encoder:
         for text, found, theirs in zip(texts, ids, self._pieces.encode(list(texts)), strict=True):
             if (ours := found.tolist()) != theirs:
                 at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-                raise ValueError(
-                    f"gigatoken and sentencepiece differ from token {at}: {ours[at : at + 5]} against "
-                    f"{theirs[at : at + 5]}, after {self.decode(ours[max(0, at - 10) : at])!r}"
-                )
+                pair = f"{ours[at : at + 5]} against {theirs[at : at + 5]}"
+                after = self.decode(ours[max(0, at - 10) : at])
+                raise ValueError(f"gigatoken and sentencepiece differ from token {at}: {pair}, after {after!r}")
             if self.decode(ours) != text:
                 raise ValueError(f"the text does not come back from its tokens: {text[:200]!r}")
 
@@ -211,19 +210,14 @@ def _require_lossless_bpe(pieces: SentencePieceProcessor, declared: list[str], l
         "declared symbols without spaces": not any({" ", SPACE_MARK} & set(token) for token in declared),
     }
     if not all(facts.values()):
-        raise UserError(
-            f"tokenizer.path: {', '.join(f'{what} {is_so}' for what, is_so in facts.items())}",
-            "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation",
-            "train one (tokenizer.path= empty), or train yours with identity normalisation and without dummy prefix",
-        )
+        found = f"tokenizer.path: {', '.join(f'{what} {is_so}' for what, is_so in facts.items())}"
+        rule = "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation"
+        yours = "or train yours with identity normalisation and without dummy prefix"
+        raise UserError(found, rule, f"train one (tokenizer.path= empty), {yours}")
 
 
 def _merges(learned: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order of ids: sentencepiece merges by the result's rank."""
     known = set(learned)
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in learned
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
+    pairs = ((piece[:cut], piece[cut:]) for piece in learned for cut in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in known and right in known]
