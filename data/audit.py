@@ -15,10 +15,8 @@ from configs.errors import UserError
 from data.files import write_whole
 
 EXAMPLES = 3
-READ = "read"
-"""The first step: records that are no documents are rejected by it."""
-UNKNOWN = "und"
-"""The language of a document of which none is known (BCP-47)."""
+READ = "read"  # the first step: records that are no documents are rejected by it
+UNKNOWN = "und"  # the language of a document of which none is known (BCP-47)
 
 
 @dataclass
@@ -31,8 +29,7 @@ class Tally:
     """By the language that it has after it, with the bytes that it has then."""
     moved: list[int] = field(default_factory=lambda: [0, 0])
     """What the step added to the language, or took from it, by changing a text or finding another language."""
-    changed: int = 0
-    """Documents whose text is another one after the step."""
+    changed: int = 0  # documents whose text is another one after the step
     rejected: dict[str, list[int]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     """The first few of each reason: source, location and the beginning of the text."""

@@ -61,8 +61,7 @@ class Ngrams:
 
     def __init__(self, items: Sequence[Item], n: int) -> None:
         self._items, self._n, self._lengths = items, n, range(min(n, MIN_WORDS), n + 1)
-        self.n_short = len(items)
-        """Items that are not looked for."""
+        self.n_short = len(items)  # items that are not looked for
         hashes, places, n_before = [np.zeros(0, np.uint64)], [np.zeros((2, 0), np.int64)], 0
         for texts in batches([item.text for item in items]):
             words, starts = word_hashes(texts)
@@ -75,8 +74,7 @@ class Ngrams:
                 places.append(np.stack([owner[at] + n_before, at - starts[owner[at]]]))
             n_before += len(texts)
         self._hashes, first = np.unique(np.concatenate(hashes), return_index=True)
-        self._places = np.concatenate(places, axis=1)[:, first]
-        """[2, n-grams]: item, and word in it."""
+        self._places = np.concatenate(places, axis=1)[:, first]  # [2, n-grams]: item, and word in it
         # A table of 16 MB at most tells of most n-grams that they need not be searched for.
         n_bits = min(len(self._hashes).bit_length() + 3, 24)
         self._shift, self._may_be = np.uint64(64 - n_bits), np.zeros(1 << n_bits, bool)

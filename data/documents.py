@@ -44,8 +44,7 @@ from data.manifest import TRAIN, VALID
 from data.sources import read_file, source_files, units
 from data.store import ALIKE, COMPLETE, DROPPED, QUESTIONS, REPEATED, SEARCHED, Store, StoredFile, stored_file
 
-FORMAT = 2
-"""Part of the name: raise it when the same text would give other documents."""
+FORMAT = 2  # part of the name: raise it when the same text would give other documents
 _CLEANING: dict[str, list[Cleaning]] = {}
 """By key: units of one process share steps, which hold models and lists."""
 

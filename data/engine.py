@@ -36,8 +36,7 @@ class Step:
     """One step. All that is in it has to be picklable: methods of an object, not closures."""
 
     name: str
-    units: Callable[[], Sequence[str]]
-    """Names of the units; asked when the steps before are complete."""
+    units: Callable[[], Sequence[str]]  # names of the units; asked when the steps before are complete
     is_done: Callable[[str], bool]
     run: Callable[[str], None]
     beside: "Step | None" = None

@@ -24,8 +24,7 @@ from ledger.pages import render
 
 Array = NDArray[Any]
 
-_EXACT = 1e-9
-"""Relative error within which a cap is kept."""
+_EXACT = 1e-9  # relative error within which a cap is kept
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,10 @@ class Row:
 
     part: str
     available_tokens: int
-    slots: int
-    """Of `CYCLE`."""
+    slots: int  # of `CYCLE`
     share: float
-    tokens: int
-    """Tokens planned, repetitions counted."""
-    epochs: float
-    """How often the run will have seen the part by the end of the phase."""
+    tokens: int  # tokens planned, repetitions counted
+    epochs: float  # how often the run will have seen the part by the end of the phase
     cap: str
     """`capped` where UniMax held it at max_epochs, `over` where it is seen more often, `small` where it is left out
     since one slot would already show it more often; else empty."""
@@ -54,8 +50,7 @@ class Mixture:
     from_tokens: int
     rule: str
     rows: list[Row]
-    unspent_tokens: int
-    """Tokens of the phase for which no part has text left within max_epochs."""
+    unspent_tokens: int  # tokens of the phase for which no part has text left within max_epochs
 
     @property
     def phase(self) -> Phase:
@@ -131,11 +126,9 @@ class _Stock:
                 raise UserError(f"{name}.{setting} names {', '.join(unknown)}", rule, repair)
         self.parts = list(available)
         self.tokens: Array = np.array(list(available.values()), np.float64)
-        self.weight = self.tokens * factors
-        """For the share within the language."""
+        self.weight = self.tokens * factors  # for the share within the language
         self.max_epochs: Array = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
-        self.seen: Array = np.array([seen.get(part, 0.0) for part in available])
-        """Tokens shown before."""
+        self.seen: Array = np.array([seen.get(part, 0.0) for part in available])  # tokens shown before
         self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
         """Tokens that may yet be shown."""
 

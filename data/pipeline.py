@@ -36,8 +36,7 @@ from data.shards import SUFFIXES, ShardWriter
 from data.store import COMPLETE
 from data.tokenizer import Encoder
 
-FORMAT = 2
-"""Part of the key: raise it when the same documents would give other shards."""
+FORMAT = 2  # part of the key: raise it when the same documents would give other shards
 VERIFIED_ONE_IN = 1000
 """Ids are compared with those of sentencepiece for the first document of each batch, and one in so many."""
 ENCODED_BYTES = 8_000_000

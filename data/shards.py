@@ -112,8 +112,7 @@ class Shard:
                 raise ValueError("not an index of one sequence a document with tokens in uint16 or int32")
         with _undamaged(content):
             _require_size(content.stat().st_size, int(self._offsets[-1]) + int(self._lengths[-1]) * dtype.itemsize)
-            self.tokens: NDArray[Any] = mapped(content).view(dtype)
-            """All tokens of the shard."""
+            self.tokens: NDArray[Any] = mapped(content).view(dtype)  # all tokens of the shard
 
     def place(self, row: int) -> tuple[int, int]:
         """First token of a document, and how many it has, `<s>` and `</s>` included."""

@@ -33,20 +33,14 @@ class Document:
     lang: str
     text: str
     source: str
-    location: str
-    """File within the source, and line or row."""
-    fields: dict[str, Any]
-    """The record that it came from, without the text."""
+    location: str  # file within the source, and line or row
+    fields: dict[str, Any]  # the record that it came from, without the text
     licence: str = ""
     url: str = ""
-    lang_score: float = 1.0
-    """How sure its language is; 1 where it was declared and not checked."""
-    lang_second: str = ""
-    """The language that it would be else."""
-    quality: float = 1.0
-    """What the scorer gave."""
-    problem: str = ""
-    """Why the record is no document; its text is the beginning of what was read, then."""
+    lang_score: float = 1.0  # how sure its language is; 1 where it was declared and not checked
+    lang_second: str = ""  # the language that it would be else
+    quality: float = 1.0  # what the scorer gave
+    problem: str = ""  # why the record is no document; its text is the beginning of what was read, then
 
 
 def units(source: SourceConfig) -> list[InputFile]:

@@ -31,8 +31,7 @@ TEXT_COLUMN = SCHEMA.get_field_index("text")
 class StoredFile(NamedTuple):
     """Documents of one unit in one language and split."""
 
-    name: str
-    """Below the folder of the documents."""
+    name: str  # below the folder of the documents
     source: str
     language: str
     split: str
