@@ -23,8 +23,7 @@ UNKNOWN = "und"  # the language of a document of which none is known (BCP-47)
 class Tally:
     """One step in one language; pairs are [documents, bytes]."""
 
-    came: list[int] = field(default_factory=lambda: [0, 0])
-    """By the language that a document had before the step."""
+    came: list[int] = field(default_factory=lambda: [0, 0])  # by the language that a document had before the step
     left: list[int] = field(default_factory=lambda: [0, 0])
     """By the language that it has after it, with the bytes that it has then."""
     moved: list[int] = field(default_factory=lambda: [0, 0])
@@ -102,11 +101,10 @@ class Audit:
         ]
         told, examples = ", ".join(f"{reason} {n}" for reason, n in bad.most_common()), "".join(shown[:EXAMPLES])
         repair = "correct text_field, lang_field or the files; or allow more with corpus.max_bad_share"
-        raise UserError(
-            f"corpus.sources.{source}: {n_bad} of {n_read} records are bad ({told}), for example{examples}",
-            f"of the records of a source at most the share corpus.max_bad_share = {max_bad_share} may be bad",
-            f"{repair}; all that are bad stand in {units / source}/*/rejected.jsonl.zst" if units else repair,
-        )
+        repair += f"; all that are bad stand in {units / source}/*/rejected.jsonl.zst" if units else ""
+        found = f"corpus.sources.{source}: {n_bad} of {n_read} records are bad ({told}), for example{examples}"
+        rule = f"of the records of a source at most the share corpus.max_bad_share = {max_bad_share} may be bad"
+        raise UserError(found, rule, repair)
 
     def sums(self) -> dict[str, Any]:
         """Documents and bytes by step: came, left, rejected by reason; what the ledger takes."""

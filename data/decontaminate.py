@@ -42,10 +42,7 @@ class Finding(NamedTuple):
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:
-    """Texts of evaluations: every string in JSON lines, such as passage, question and choices, and lines of .txt files.
-
-    Raises `UserError` where a line holds none.
-    """
+    """Every string in JSON lines of evaluations, and lines of .txt files; raises `UserError` where a line has none."""
     return [
         Item(f"{name}:{number}", text)
         for path in paths

@@ -83,19 +83,21 @@ def find_repeated_ids(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
 def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tuple[Path, Copies]]:
     """By file, the copies among the documents of all files: those of a language, as a rule.
 
-    Rows of `gone` are left out for other reasons: nothing is a copy of them. Near copies are looked for where the files
-    have bands. Raises `UserError` where a file is damaged or not like the others.
+    Rows of `gone` are left out for other reasons: nothing is a copy of them. Copies are looked for where the files
+    have hashes of text, near ones where they have bands. `UserError` for a file that is damaged or not like the others.
     """
     spans, n = _spans(files)
     rank, is_there, best = np.empty(n, np.uint64), np.ones(n, bool), np.arange(n)
     for path, span in spans.items():
         rank[span] = _read(path)[_RANK]
         is_there[span][gone.get(path, np.zeros(0, np.int64))] = False
-    _join(best, rank, _alike(spans, _TEXT, is_there))
+    height = len(_read(files[0]))
+    if height > _TEXT.start:
+        _join(best, rank, _alike(spans, _TEXT, is_there))
     goes_as_exact, n_alike = np.zeros(n, bool), np.zeros(n, np.uint32)
     for span in spans.values():
         goes_as_exact[span] = _heads(best, np.r_[span]) != np.r_[span]
-    for band in range(_FIRST_BAND, len(_read(files[0]))):
+    for band in range(_FIRST_BAND, height):
         _join(best, rank, _alike(spans, slice(band, band + 1), is_there))
     for span in spans.values():
         np.add.at(n_alike, _heads(best, np.r_[span]), 1)

@@ -21,7 +21,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from data.audit import EXAMPLES, READ, Audit, write_page
 from data.cleaning import MATCHES, Cleaning, clean_unit, cleaning
 from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
-from data.dedup import Copies, find_copies, find_repeated_ids
+from data.dedup import find_copies, find_repeated_ids
 from data.engine import Step, whole
 from data.files import InputFile, find_list, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
@@ -45,8 +44,7 @@ from data.sources import read_file, source_files, units
 from data.store import ALIKE, COMPLETE, DROPPED, QUESTIONS, REPEATED, SEARCHED, Store, StoredFile, stored_file
 
 FORMAT = 2  # part of the name: raise it when the same text would give other documents
-_CLEANING: dict[str, list[Cleaning]] = {}
-"""By key: units of one process share steps, which hold models and lists."""
+_CLEANING: dict[str, list[Cleaning]] = {}  # by key: units of one process share steps, which hold models and lists
 
 
 class Documents:
@@ -63,8 +61,7 @@ class Documents:
         self._files = {name: units(source) for name, source in self.cfg.sources.items()}
         self.inputs = {name: sha256_cached(source_files(cfg), cache) for name, cfg in self.cfg.sources.items()}
         """Hashes of the input files, by source and name; a hub id is known by its revision."""
-        self.lists: dict[str, str] = {}
-        """Hashes of the lists and models that decide about documents, by their path."""
+        self.lists: dict[str, str] = {}  # hashes of the lists and models that decide about documents, by their path
         map_paths(self.cfg, lambda path: self._find_list(path, cache))
         self.key = self._key()
         numbered = [f"{name}/{i:05d}" for name, files in self._files.items() for i in range(len(files))]
@@ -103,12 +100,9 @@ class Documents:
         write_whole(self.store.work / "repeated" / f"{source}.json", f"{sum(map(len, repeated.values()))}\n")
 
     def _deduplicate(self, language: str) -> None:
-        """Names the rows of a language that are left out, and counts them."""
         files, audit = self._hash_files(language=language), Audit(["dedup"])
         gone = {path: self.store.rows(file.name, REPEATED)[0] for path, file in files.items()}
-        is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
-        none = Copies(*[np.zeros(0, np.int64)] * 4)
-        for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(none)):
+        for path, copies in find_copies(list(files), gone):
             name, repeated = files[path].name, gone[path]
             self.store.save_rows(name, DROPPED, np.sort(np.concatenate([repeated, copies.exact, copies.near])))
             self.store.save_rows(name, ALIKE, copies.kept, copies.n_alike)
@@ -117,16 +111,13 @@ class Documents:
         audit.save(self.store.work / "dropped" / f"{language}.json")
 
     def _count_dropped(self, audit: Audit, step: str, file: StoredFile, dropped: Mapping[str, NDArray[Any]]) -> None:
-        """Counts the rows of a file that a step leaves out."""
         if not any(map(len, dropped.values())):
             return
         rows = pq.ParquetFile(self.store.root / file.name).read(["n_bytes", "id", "location"])
         sizes, tally = to_numpy(rows["n_bytes"]), audit.tally(step, file.language)
         for reason, which in dropped.items():
-            examples = [
-                {"source": file.source, "location": found["location"], "excerpt": found["id"]}
-                for found in rows.take(numbers(which[:EXAMPLES])).to_pylist()
-            ]
+            first = rows.take(numbers(which[:EXAMPLES])).to_pylist()
+            examples = [{"source": file.source, "location": row["location"], "excerpt": row["id"]} for row in first]
             if len(which):
                 tally.reject(reason, len(which), int(sizes[which].sum()), examples)
 

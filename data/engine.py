@@ -22,8 +22,7 @@ from configs.text import TasksConfig
 from ledger.progress import Progress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-CHUNKS_A_WORKER = 100
-"""Units differ in size: with many chunks of them for each worker, none waits long for the last."""
+CHUNKS_A_WORKER = 100  # units differ in size: with many chunks of them for each worker, none waits long for the last
 
 
 def whole() -> list[str]:
@@ -52,10 +51,7 @@ class Step:
 
 
 def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
-    """Does the steps, one after the other; returns when all units are done.
-
-    Raises what a unit raised, and `UserError` where a process was killed.
-    """
+    """Does the steps one after the other; raises what a unit raised, and `UserError` where a process was killed."""
     n_workers = _n_workers(cfg)
     warm_up(cfg)
     with ExitStack() as stack:

@@ -1,7 +1,4 @@
-"""What a prepared corpus is: every shard with source, language, licence, counts and hashes.
-
-Nothing in it depends on where the corpus stands or when it was made.
-"""
+"""What a prepared corpus is: shards with source, licence, counts, hashes, and nothing of where or when it was made."""
 
 import hashlib
 import json
@@ -61,8 +58,7 @@ class Manifest:
     """By step of cleaning: documents and bytes that came, were left, and were rejected by reason."""
     lists: list[dict[str, Any]]
     """Lists and models that decided about documents: file, hash and, of opt-outs, date and entries."""
-    removed: list[dict[str, Any]]
-    """Documents taken out later, each time with the hash that the corpus had before."""
+    removed: list[dict[str, Any]]  # documents taken out later, each time with the hash that the corpus had before
     max_valid_docs_per_language: int  # how many held-out documents validation reads
     versions: dict[str, str]  # versions of the libraries that made it
 
@@ -144,10 +140,7 @@ class Manifest:
 
 
 def marks(corpus_dir: Path) -> dict[str, list[int]]:
-    """Size in bytes and time of change in ns of each file of a corpus, by name below `corpus_dir`.
-
-    Raises one `UserError` that names the files that are missing or cannot be reached.
-    """
+    """Size in bytes and time of change in ns by name of file; one `UserError` names those that cannot be reached."""
     found, missing = {}, []
     for name in Manifest.load(corpus_dir).hashes:
         try:

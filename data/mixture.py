@@ -129,8 +129,7 @@ class _Stock:
         self.weight = self.tokens * factors  # for the share within the language
         self.max_epochs: Array = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
         self.seen: Array = np.array([seen.get(part, 0.0) for part in available])  # tokens shown before
-        self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
-        """Tokens that may yet be shown."""
+        self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)  # tokens that may yet be shown
 
     def epochs(self, tokens: Array) -> Array:
         """How often each part has been shown after so many tokens more."""
@@ -209,10 +208,7 @@ def _rows(cfg: PhaseConfig, stock: _Stock, wanted: Array, tokens_per_slot: float
 
 
 def _slots(wanted: Array, room: Array) -> Array:
-    """Slots of a cycle by largest remainder, at least one for each part that wants any.
-
-    Rounding takes no part above its room, unless none has any left.
-    """
+    """Slots by largest remainder, one at least for what wants any; none above its room, unless none has any left."""
     slots = np.maximum(np.floor(wanted), (wanted > 0) & (room >= 1)).astype(np.int64)
     while (missing := CYCLE - int(slots.sum())) > 0:
         growing = (wanted > 0) & (slots + 1 <= room)
@@ -240,9 +236,6 @@ def _refusals(
     setting = f"{name}.max_epochs_of.{source}" if source in cfg.max_epochs_of else f"{name}.max_epochs"
     shown = ", ".join(f"{stock.parts[i]} {times[i]:.2f} times" for i in over)
     other = "" if cfg.rule is MixtureRule.unimax else f"{name}.rule=unimax, "
-    yield UserError(
-        f"{end_name} = {begin * seq_len + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}",
-        f"{setting} = {stock.max_epochs[worst]:g}",
-        f"{other}{shorter}more text, {setting}={math.ceil(times[worst] * (1 - _EXACT))}, "
-        f"or {name}.allow_more_epochs=true",
-    )
+    found = f"{end_name} = {begin * seq_len + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}"
+    higher = f"{setting}={math.ceil(times[worst] * (1 - _EXACT))}, or {name}.allow_more_epochs=true"
+    yield UserError(found, f"{setting} = {stock.max_epochs[worst]:g}", f"{other}{shorter}more text, {higher}")

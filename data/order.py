@@ -59,10 +59,7 @@ class Located(NamedTuple):
 
 
 class Order:
-    """The order of all samples of a run.
-
-    Raises `ValueError` where `phases` do not follow one another from 0 on, or do not fill their cycle with `streams`.
-    """
+    """The order of a run; raises `ValueError` for phases that do not follow from 0 on, or whose cycle is not filled."""
 
     def __init__(self, streams: Sequence[Stream], seed: int, phases: Sequence[Phase]) -> None:
         starts = [phase.from_position for phase in phases]

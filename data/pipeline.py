@@ -179,7 +179,6 @@ class Corpus:
         write_whole(self._work / "words" / f"{language}.json", json.dumps(counts, ensure_ascii=False))
 
     def _export(self, _: str) -> None:
-        """Takes the tokenizer that is given, in the forms that are used."""
         model = tokenizer.read_model(self._tokenizer.path)
         tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
 
@@ -205,18 +204,17 @@ class Corpus:
         try:
             report = tokenizer_report(folder, self._tokenizer, self.documents.store.languages(), trained_on)
         except UserError as error:
-            write_whole(folder / REPORT, f"tokenizer: not measured: {error.found}\n")
-            return
-        report |= {"weights": self._plan()["weights"]}
-        write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_whole(folder / REPORT, report_table(report) + "\n")
+            told = f"tokenizer: not measured: {error.found}"
+        else:
+            told, report["weights"] = report_table(report), self._plan()["weights"]
+            write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / REPORT, told + "\n")
 
     def _stems(self) -> list[str]:
         shards = self._plan()["shards"]
         return sorted(shards, key=lambda stem: (-len(shards[stem]), stem))  # the longest first
 
     def _write(self, stem: str) -> None:
-        """One shard, and its entry of the manifest when the files are whole."""
         encoder = _encoder(self._work / "tokenizer")
         (self._work / "shards").mkdir(exist_ok=True)
         writer = ShardWriter(self._work / "shards" / stem, encoder.vocab_size, encoder.bos_id, encoder.eos_id)

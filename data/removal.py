@@ -31,10 +31,7 @@ SUFFIX = ".removing"
 
 
 def remove_documents(corpus_dir: Path, ids: Iterable[str], reason: str) -> list[str]:
-    """Removes all documents with these ids, of any source; returns the stems of the shards that changed.
-
-    Raises `UserError` where an id is in no shard; nothing is changed then.
-    """
+    """Removes these documents; returns the stems of changed shards. `UserError`, and no change, for an unknown id."""
     _complete(corpus_dir)
     manifest, wanted = Manifest.load(corpus_dir), sorted(set(ids))
     rows = {entry.stem: _rows_of(corpus_dir / f"{entry.stem}.docs.parquet", wanted) for entry in manifest.shards}

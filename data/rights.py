@@ -53,10 +53,7 @@ def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
 
 
 def list_facts(cfg: OptOutConfig) -> dict[str, dict[str, Any]]:
-    """What is to be told of each list by its path: its newest date, its entries, and how many cannot be read.
-
-    The date is one in a comment, or of a robots.txt.
-    """
+    """Of each list by its path: newest date, in a comment or of a robots.txt, entries, and how many are unreadable."""
     facts = {}
     for path in [*cfg.domains, *cfg.ids]:
         facts[path] = _facts(_lines(path, comments=True), sum(1 for _ in _lines(path)), 0)

@@ -81,13 +81,12 @@ class ShardWriter:
     def close(self) -> None:
         """Completes the three files and gives them their names."""
         lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(self.n_docs, np.int64)
-        np.cumsum(lengths[:-1], out=offsets[1:])
+        offsets = np.cumsum(lengths, dtype=np.int64) - lengths
         index = self._files[".idx"]
         index.write(_HEADER.pack(MAGIC, 1, self._code, self.n_docs, self.n_docs + 1))
-        index.write(lengths.tobytes())
-        index.write((offsets * np.dtype(_TOKEN_TYPES[self._code]).itemsize).tobytes())
-        index.write(np.arange(self.n_docs + 1, dtype=np.int64).tobytes())
+        places = offsets * np.dtype(_TOKEN_TYPES[self._code]).itemsize
+        for column in (lengths, places, np.arange(self.n_docs + 1, dtype=np.int64)):
+            index.write(column.tobytes())
         self._sidecar.close()
         for suffix, file in self._files.items():
             file.flush()
@@ -97,10 +96,7 @@ class ShardWriter:
 
 
 class Shard:
-    """Reads one shard through the page cache; opening it costs the same however large it is.
-
-    Raises `UserError` that names the file where one is missing, is of another kind or is cut off.
-    """
+    """One shard through the page cache, as fast however large; `UserError` names a file missing, foreign or cut off."""
 
     def __init__(self, stem: Path) -> None:
         index, content = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))

@@ -21,8 +21,7 @@ from data import files, readers, warc
 from data.files import InputFile, find_files
 from data.readers import Record
 
-SPACE_MARK = "\u2581"
-"""How sentencepiece writes a space inside; text that holds it would come back as a space."""
+SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside; text that holds it would come back as a space
 
 
 @dataclass(slots=True)

@@ -91,14 +91,12 @@ def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> No
         raise UserError(found, rule, repair)
     bos, eos, unk = pieces.id_to_piece([pieces.bos_id(), pieces.eos_id(), pieces.unk_id()])
     vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    fast = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(learned), unk_token=unk, fuse_unk=True, byte_fallback=True)
-    )
+    bpe = models.BPE(vocab=vocab, merges=_merges(learned), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    fast = tokenizers.Tokenizer(bpe)
     fast.normalizer = normalizers.Replace(" ", SPACE_MARK)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
-    )
+    single, pair, ids = f"{bos} $A", f"{bos} $A {bos} $B", [(bos, pieces.bos_id())]
+    fast.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     # They are text like any other to whoever loads this: not skipped when decoding, found in text as in sentencepiece.
     fast.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in declared])
     config = {
