@@ -24,14 +24,12 @@ class Tally:
     """One step in one language; pairs are [documents, bytes]."""
 
     came: list[int] = field(default_factory=lambda: [0, 0])  # by the language that a document had before the step
-    left: list[int] = field(default_factory=lambda: [0, 0])
-    """By the language that it has after it, with the bytes that it has then."""
+    left: list[int] = field(default_factory=lambda: [0, 0])  # by the language after it, with the bytes of then
     moved: list[int] = field(default_factory=lambda: [0, 0])
     """What the step added to the language, or took from it, by changing a text or finding another language."""
     changed: int = 0  # documents whose text is another one after the step
     rejected: dict[str, list[int]] = field(default_factory=dict)
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    """The first few of each reason: source, location and the beginning of the text."""
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # source, location, and how its text begins
 
     def add(self, other: "Tally") -> None:
         """Adds the tally of a later part."""

@@ -28,8 +28,7 @@ from data.sources import SPACE_MARK, Document, read_file, units
 
 FLUSH_CHARACTERS = 4_000_000
 """A row group of a language holds about so much text; memory is bound by so much for each language of a unit."""
-EARLY_STOP_RECORDS = 10_000
-"""A source that is bad throughout stops after so many bad records, not after a day of writing them down."""
+EARLY_STOP_RECORDS = 10_000  # bad ones, where a source is bad throughout; not after a day of writing them down
 
 MATCHES = ".matches.npy"  # beside a file of documents: rows that hold what evaluations ask (data/decontaminate.py)
 

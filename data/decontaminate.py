@@ -20,8 +20,7 @@ from data.minhash import Hashes, batches, normalise, window_hashes, word_hashes
 MIN_WORDS = 8
 EXAMPLES = 3
 
-Matches = NDArray[np.uint32]
-"""[2, m]: rows of documents, and numbers of n-grams that they hold; ascending, each pair once."""
+Matches = NDArray[np.uint32]  # [2, m]: rows of documents, and n-grams that they hold; ascending, each pair once
 
 
 class Item(NamedTuple):

@@ -38,8 +38,7 @@ class Step:
     units: Callable[[], Sequence[str]]  # names of the units; asked when the steps before are complete
     is_done: Callable[[str], bool]
     run: Callable[[str], None]
-    beside: "Step | None" = None
-    """A step done at the same time: neither waits for the other, and its units come first."""
+    beside: "Step | None" = None  # done at the same time: neither waits for the other, and its units come first
 
     def tasks(self) -> list[tuple["Step", str]]:
         """Its units, done or not, each with its step; asked when the steps before are complete."""

@@ -54,10 +54,8 @@ class Manifest:
     sources: dict[str, dict[str, Any]]
     """By source: `origin`, `licence`, `licence_field` where documents name theirs, `records` read and rejected by
     reason, and the hashes of its `files` by name."""
-    steps: dict[str, Any]
-    """By step of cleaning: documents and bytes that came, were left, and were rejected by reason."""
-    lists: list[dict[str, Any]]
-    """Lists and models that decided about documents: file, hash and, of opt-outs, date and entries."""
+    steps: dict[str, Any]  # by step of cleaning: documents and bytes that came, left, and were rejected by reason
+    lists: list[dict[str, Any]]  # and models, that decided: file, hash and, of opt-outs, date and entries
     removed: list[dict[str, Any]]  # documents taken out later, each time with the hash that the corpus had before
     max_valid_docs_per_language: int  # how many held-out documents validation reads
     versions: dict[str, str]  # versions of the libraries that made it

@@ -46,8 +46,7 @@ class ShardWriter:
         self._files = {suffix: stem.with_name(f".{stem.name}.{token}{suffix}").open("wb") for suffix in SUFFIXES}
         self._lengths: list[NDArray[np.int32]] = []
         self._sidecar: Any = None
-        self.n_docs = self.n_tokens = self.n_bytes = 0
-        """Of all documents so far; bytes are those of the text as UTF-8."""
+        self.n_docs = self.n_tokens = self.n_bytes = 0  # so far; bytes are those of the text as UTF-8
 
     def add(self, rows: Any, ends: NDArray[np.int64], ids: NDArray[Any]) -> None:
         """Appends documents.
