@@ -61,11 +61,10 @@ def submit(steps: Iterable[Step], cfg: TasksConfig, logs: Path, name: str) -> st
         try:
             array.run()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(
-                f"the array of the step {step.name}: {_reason(error)}",
-                "tasks.runner=slurm submits from a login node, to a partition and project of yours, within limits",
-                "run it there; correct tasks.partition, tasks.account, tasks.time, tasks.tasks; or tasks.runner=local",
-            ) from None
+            rule = "tasks.runner=slurm submits from a login node, to a partition and project of yours, within limits"
+            settings = "tasks.partition, tasks.account, tasks.time, tasks.tasks"
+            repair = f"run it there; correct {settings}; or tasks.runner=local"
+            raise UserError(f"the array of the step {step.name}: {_reason(error)}", rule, repair) from None
         before = array
     assert before is not None
     return str(before.job_id)
@@ -76,11 +75,9 @@ def queued(name: str) -> int:
     try:
         shown = subprocess.run(["squeue", "-h", "-r", "--me", "-o", "%j"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            _reason(error),
-            "tasks.runner=slurm asks Slurm whether it is at the corpus already",
-            "run it on a login node, again in a minute where Slurm did not answer; or tasks.runner=local",
-        ) from None
+        rule = "tasks.runner=slurm asks Slurm whether it is at the corpus already"
+        repair = "run it on a login node, again in a minute where Slurm did not answer; or tasks.runner=local"
+        raise UserError(_reason(error), rule, repair) from None
     return sum(line.startswith(f"{name}-") for line in shown.stdout.splitlines())
 
 

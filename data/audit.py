@@ -15,28 +15,21 @@ from configs.errors import UserError
 from data.files import write_whole
 
 EXAMPLES = 3
-READ = "read"
-"""The first step: records that are no documents are rejected by it."""
-UNKNOWN = "und"
-"""The language of a document of which none is known (BCP-47)."""
+READ = "read"  # the first step: records that are no documents are rejected by it
+UNKNOWN = "und"  # the language of a document of which none is known (BCP-47)
 
 
 @dataclass
 class Tally:
     """One step in one language; pairs are [documents, bytes]."""
 
-    came: list[int] = field(default_factory=lambda: [0, 0])
-    """By the language that a document had before the step."""
-    left: list[int] = field(default_factory=lambda: [0, 0])
-    """By the language that it has after it, with the bytes that it has then."""
+    came: list[int] = field(default_factory=lambda: [0, 0])  # by the language that a document had before the step
+    left: list[int] = field(default_factory=lambda: [0, 0])  # by the language after it, with the bytes of then
     moved: list[int] = field(default_factory=lambda: [0, 0])
     """What the step added to the language, or took from it, by changing a text or finding another language."""
-    changed: int = 0
-    """Documents whose text is another one after the step."""
+    changed: int = 0  # documents whose text is another one after the step
     rejected: dict[str, list[int]] = field(default_factory=dict)
-    """By reason."""
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    """The first few of each reason: source, location and the beginning of the text."""
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # source, location, and how its text begins
 
     def add(self, other: "Tally") -> None:
         """Adds the tally of a later part."""
@@ -57,23 +50,20 @@ class Audit:
     """Tallies by step, in the order of the steps, and language."""
 
     def __init__(self, steps: Iterable[str] = ()) -> None:
-        self.steps: dict[str, dict[str, Tally]] = {step: {} for step in steps}
+        self.steps: defaultdict[str, defaultdict[str, Tally]] = defaultdict(lambda: defaultdict(Tally))
+        self.steps |= {step: defaultdict(Tally) for step in steps}
         self.records: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By source: how many were `read`, and how many of them are no documents, by reason."""
 
     def tally(self, step: str, language: str) -> Tally:
         """The tally of one step in one language, begun where there is none."""
-        try:  # asked for every document
-            return self.steps[step][language]
-        except KeyError:
-            return self.steps.setdefault(step, {}).setdefault(language or UNKNOWN, Tally())
+        return self.steps[step][language or UNKNOWN]
 
     def count_record(self, source: str, language: str, n_bytes: int, reason: str = "") -> None:
         """Counts a record as read, and as bad where there is a reason."""
         counts = self.records[source]
         counts[READ] += 1
-        came = self.tally(READ, language).came
-        came[0], came[1] = came[0] + 1, came[1] + n_bytes
+        count(self.tally(READ, language).came, 1, n_bytes)
         if reason:
             counts[reason] += 1
 
@@ -109,11 +99,10 @@ class Audit:
         ]
         told, examples = ", ".join(f"{reason} {n}" for reason, n in bad.most_common()), "".join(shown[:EXAMPLES])
         repair = "correct text_field, lang_field or the files; or allow more with corpus.max_bad_share"
-        raise UserError(
-            f"corpus.sources.{source}: {n_bad} of {n_read} records are bad ({told}), for example{examples}",
-            f"of the records of a source at most the share corpus.max_bad_share = {max_bad_share} may be bad",
-            f"{repair}; all that are bad stand in {units / source}/*/rejected.jsonl.zst" if units else repair,
-        )
+        repair += f"; all that are bad stand in {units / source}/*/rejected.jsonl.zst" if units else ""
+        found = f"corpus.sources.{source}: {n_bad} of {n_read} records are bad ({told}), for example{examples}"
+        rule = f"of the records of a source at most the share corpus.max_bad_share = {max_bad_share} may be bad"
+        raise UserError(found, rule, repair)
 
     def sums(self) -> dict[str, Any]:
         """Documents and bytes by step: came, left, rejected by reason; what the ledger takes."""
@@ -128,11 +117,8 @@ class Audit:
     def save(self, path: Path) -> None:
         """Writes the audit as JSON, the same for the same counts."""
         self.follow()
-        steps = {
-            step: {language: vars(tally) for language, tally in sorted(languages.items())}
-            for step, languages in self.steps.items()
-        }
-        write_whole(path, json.dumps({"steps": steps, "records": self.records}, ensure_ascii=True, indent=1) + "\n")
+        steps = {step: dict(sorted(languages.items())) for step, languages in self.steps.items()}
+        write_whole(path, json.dumps({"steps": steps, "records": self.records}, default=vars, indent=1) + "\n")
 
     @classmethod
     def load(cls, *paths: Path) -> "Audit":
@@ -141,9 +127,9 @@ class Audit:
         for path in paths:
             part = json.loads(path.read_text(encoding="utf-8"))
             for step, languages in part["steps"].items():
-                whole.steps.setdefault(step, {})
+                tallies = whole.steps[step]  # here, though it may have counted nothing
                 for language, tally in languages.items():
-                    whole.tally(step, language).add(Tally(**tally))
+                    tallies[language].add(Tally(**tally))
             for source, counts in part["records"].items():
                 whole.records[source].update(counts)
         whole.follow()

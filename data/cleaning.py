@@ -28,11 +28,9 @@ from data.sources import SPACE_MARK, Document, read_file, units
 
 FLUSH_CHARACTERS = 4_000_000
 """A row group of a language holds about so much text; memory is bound by so much for each language of a unit."""
-EARLY_STOP_RECORDS = 10_000
-"""A source that is bad throughout stops after so many bad records, not after a day of writing them down."""
+EARLY_STOP_RECORDS = 10_000  # bad ones, where a source is bad throughout; not after a day of writing them down
 
-MATCHES = ".matches.npy"
-"""Beside a file of documents: rows that hold what evaluations ask (data/decontaminate.py)."""
+MATCHES = ".matches.npy"  # beside a file of documents: rows that hold what evaluations ask (data/decontaminate.py)
 
 _TEXT, _SCORE = pa.large_string(), pa.float32()
 SCHEMA = pa.schema(
@@ -82,12 +80,8 @@ def clean_unit(
         for document in documents:
             step, reason, content = _apply(steps, document, audit)
             if reason:
-                place = {
-                    "source": document.source,
-                    "id": document.id,
-                    "location": document.location,
-                    "excerpt": document.text[:200].encode("utf-8", "backslashreplace").decode(),
-                }
+                excerpt = document.text[:200].encode("utf-8", "backslashreplace").decode()
+                place = {name: getattr(document, name) for name in ("source", "id", "location")} | {"excerpt": excerpt}
                 rejected.write(json.dumps({"step": step, "reason": reason, **place}) + "\n")
                 audit.tally(step, document.lang).reject(reason, 1, len(content), [place])
                 n_bad += step == READ
@@ -131,8 +125,7 @@ class _Group:
         )
         self._documents: list[Document] = []
         self._contents: list[bytes] = []
-        self._hashes: list[Hashes] = []
-        self._matches: list[Matches] = []
+        self._beside: dict[str, list[Hashes | Matches]] = {".npy": [], **({MATCHES: []} if questions else {})}
         self._n_characters = self._n_written = 0
 
     def add(self, document: Document, content: bytes) -> None:
@@ -146,16 +139,15 @@ class _Group:
         if self._documents:
             self._flush()
         self._parquet.close()
-        write_columns(Path(f"{self._stem}.npy"), self._hashes)
-        if self._questions:
-            write_columns(Path(f"{self._stem}{MATCHES}"), self._matches)
+        for suffix, blocks in self._beside.items():
+            write_columns(Path(f"{self._stem}{suffix}"), blocks)
 
     def _flush(self) -> None:
         told = {name: [getattr(d, name) for d in self._documents] for name in SCHEMA.names if name != "n_bytes"}
         texts, source = told.pop("text"), self._documents[0].source
-        self._hashes.append(document_hashes(source, told["id"], told["licence"], texts, self._cfg))
+        self._beside[".npy"].append(document_hashes(source, told["id"], told["licence"], texts, self._cfg))
         if self._questions:
-            self._matches.append(self._questions.match(texts, self._n_written))
+            self._beside[MATCHES].append(self._questions.match(texts, self._n_written))
         self._n_written += len(texts)
         columns = {"text": utf8(self._contents), "n_bytes": numbers(np.fromiter(map(len, self._contents), np.int64))}
         columns["text"].validate(full=True)

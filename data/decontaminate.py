@@ -20,36 +20,28 @@ from data.minhash import Hashes, batches, normalise, window_hashes, word_hashes
 MIN_WORDS = 8
 EXAMPLES = 3
 
-Matches = NDArray[np.uint32]
-"""[2, m]: rows of documents, and numbers of n-grams that they hold; ascending, each pair once."""
+Matches = NDArray[np.uint32]  # [2, m]: rows of documents, and n-grams that they hold; ascending, each pair once
 
 
 class Item(NamedTuple):
-    """A text of an evaluation."""
+    """A text of an evaluation, and its place: file and line."""
 
     place: str
-    """File and line."""
     text: str
 
 
 class Finding(NamedTuple):
-    """An item that documents hold some of."""
+    """An item of which documents hold `n_ngrams`, the first of them normalised, and file and row of the first few."""
 
     place: str
     ngram: str
-    """The first of its n-grams that was found, normalised."""
     n_ngrams: int
-    """How many of them were found."""
     n_documents: int
     examples: list[tuple[str, int]]
-    """The first few documents: file and row."""
 
 
 def read_items(paths: Iterable[str]) -> list[Item]:
-    """Texts of evaluations: every string in JSON lines, such as passage, question and choices, and lines of .txt files.
-
-    Raises `UserError` where a line holds none.
-    """
+    """Every string in JSON lines of evaluations, and lines of .txt files; raises `UserError` where a line has none."""
     return [
         Item(f"{name}:{number}", text)
         for path in paths
@@ -65,8 +57,7 @@ class Ngrams:
 
     def __init__(self, items: Sequence[Item], n: int) -> None:
         self._items, self._n, self._lengths = items, n, range(min(n, MIN_WORDS), n + 1)
-        self.n_short = len(items)
-        """Items that are not looked for."""
+        self.n_short = len(items)  # items that are not looked for
         hashes, places, n_before = [np.zeros(0, np.uint64)], [np.zeros((2, 0), np.int64)], 0
         for texts in batches([item.text for item in items]):
             words, starts = word_hashes(texts)
@@ -79,8 +70,7 @@ class Ngrams:
                 places.append(np.stack([owner[at] + n_before, at - starts[owner[at]]]))
             n_before += len(texts)
         self._hashes, first = np.unique(np.concatenate(hashes), return_index=True)
-        self._places = np.concatenate(places, axis=1)[:, first]
-        """[2, n-grams]: item, and word in it."""
+        self._places = np.concatenate(places, axis=1)[:, first]  # [2, n-grams]: item, and word in it
         # A table of 16 MB at most tells of most n-grams that they need not be searched for.
         n_bits = min(len(self._hashes).bit_length() + 3, 24)
         self._shift, self._may_be = np.uint64(64 - n_bits), np.zeros(1 << n_bits, bool)

@@ -41,16 +41,13 @@ _RANK, _ID, _TEXT, _FIRST_BAND = 0, slice(1, 3), slice(3, 5), 5
 
 
 class Copies(NamedTuple):
-    """What there is of copies in one file, as numbers of rows in ascending order."""
+    """Rows of one file, ascending: those that go as exact copies, those that go as near copies, and those that stay for
+    others, each with the number of documents that it stands for, itself included."""
 
     exact: Rows
-    """Rows that go even where only exact copies are looked for."""
     near: Rows
-    """Rows that go as near copies."""
     kept: Rows
-    """Rows that stay for others."""
     n_alike: Rows
-    """For each row of `kept`: how many documents it stands for, itself included."""
 
 
 def document_hashes(
@@ -86,19 +83,21 @@ def find_repeated_ids(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
 def find_copies(files: Sequence[Path], gone: Mapping[Path, Rows]) -> Iterator[tuple[Path, Copies]]:
     """By file, the copies among the documents of all files: those of a language, as a rule.
 
-    Rows of `gone` are left out for other reasons: nothing is a copy of them. Near copies are looked for where the files
-    have bands. Raises `UserError` where a file is damaged or not like the others.
+    Rows of `gone` are left out for other reasons: nothing is a copy of them. Copies are looked for where the files
+    have hashes of text, near ones where they have bands. `UserError` for a file that is damaged or not like the others.
     """
     spans, n = _spans(files)
     rank, is_there, best = np.empty(n, np.uint64), np.ones(n, bool), np.arange(n)
     for path, span in spans.items():
         rank[span] = _read(path)[_RANK]
         is_there[span][gone.get(path, np.zeros(0, np.int64))] = False
-    _join(best, rank, _alike(spans, _TEXT, is_there))
+    height = len(_read(files[0]))
+    if height > _TEXT.start:
+        _join(best, rank, _alike(spans, _TEXT, is_there))
     goes_as_exact, n_alike = np.zeros(n, bool), np.zeros(n, np.uint32)
     for span in spans.values():
         goes_as_exact[span] = _heads(best, np.r_[span]) != np.r_[span]
-    for band in range(_FIRST_BAND, len(_read(files[0]))):
+    for band in range(_FIRST_BAND, height):
         _join(best, rank, _alike(spans, slice(band, band + 1), is_there))
     for span in spans.values():
         np.add.at(n_alike, _heads(best, np.r_[span]), 1)
@@ -128,11 +127,6 @@ def _read(path: Path) -> Hashes:
     if not height or len(whole) != _HEADER_BYTES + 8 * height * width:
         raise _damaged(path, f"{len(whole):,} bytes that are no such file, or not all of it")
     return whole[_HEADER_BYTES:].view(np.uint64).reshape(height, width)
-
-
-def count_rows(path: Path) -> int:
-    """How many documents the hashes of a file are of."""
-    return int(_read(path).shape[1])
 
 
 def _damaged(path: Path, found: str) -> UserError:

@@ -21,7 +21,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,15 @@ from data.audit import EXAMPLES, READ, Audit, write_page
 from data.cleaning import MATCHES, Cleaning, clean_unit, cleaning
 from data.columns import numbers, to_numpy
 from data.decontaminate import Ngrams, read_items
-from data.dedup import Copies, count_rows, find_copies, find_repeated_ids
+from data.dedup import find_copies, find_repeated_ids
 from data.engine import Step, whole
 from data.files import InputFile, find_list, sha256_cached, write_whole
 from data.manifest import TRAIN, VALID
 from data.sources import read_file, source_files, units
 from data.store import ALIKE, COMPLETE, DROPPED, QUESTIONS, REPEATED, SEARCHED, Store, StoredFile, stored_file
 
-FORMAT = 2
-"""Part of the name: raise it when the same text would give other documents."""
-_CLEANING: dict[str, list[Cleaning]] = {}
-"""By key: units of one process share steps, which hold models and lists."""
+FORMAT = 2  # part of the name: raise it when the same text would give other documents
+_CLEANING: dict[str, list[Cleaning]] = {}  # by key: units of one process share steps, which hold models and lists
 
 
 class Documents:
@@ -64,8 +61,7 @@ class Documents:
         self._files = {name: units(source) for name, source in self.cfg.sources.items()}
         self.inputs = {name: sha256_cached(source_files(cfg), cache) for name, cfg in self.cfg.sources.items()}
         """Hashes of the input files, by source and name; a hub id is known by its revision."""
-        self.lists: dict[str, str] = {}
-        """Hashes of the lists and models that decide about documents, by their path."""
+        self.lists: dict[str, str] = {}  # hashes of the lists and models that decide about documents, by their path
         map_paths(self.cfg, lambda path: self._find_list(path, cache))
         self.key = self._key()
         numbered = [f"{name}/{i:05d}" for name, files in self._files.items() for i in range(len(files))]
@@ -75,15 +71,12 @@ class Documents:
     def steps(self) -> list[Step]:
         """What makes the documents, in order."""
         has = self.store.has
+        questions = Step("questions", whole, partial(has, SEARCHED), self._search)
         return [
             Step("clean", partial(list, self.store.units), partial(has, "units/{}"), self._clean),
             Step("ids", partial(list, self._files), partial(has, "repeated/{}.json"), self._compare_ids),
             Step("dedup", self.store.languages, partial(has, "dropped/{}.json"), self._deduplicate),
-            *(
-                [Step("questions", whole, partial(has, SEARCHED), self._search)]
-                if self.cfg.decontaminate.against
-                else []
-            ),
+            *([questions] if self.cfg.decontaminate.against else []),
             Step("documents", whole, self._is_whole, self._finish),
         ]
 
@@ -101,19 +94,15 @@ class Documents:
 
     def _compare_ids(self, source: str) -> None:
         files = self._hash_files(source=source)
-        n_repeated = 0
-        for path, rows in find_repeated_ids(list(files)) if files else ():
+        repeated = dict(find_repeated_ids(list(files))) if files else {}
+        for path, rows in repeated.items():
             self.store.save_rows(files[path].name, REPEATED, rows)
-            n_repeated += len(rows)
-        write_whole(self.store.work / "repeated" / f"{source}.json", f"{n_repeated}\n")
+        write_whole(self.store.work / "repeated" / f"{source}.json", f"{sum(map(len, repeated.values()))}\n")
 
     def _deduplicate(self, language: str) -> None:
-        """Names the rows of a language that are left out, and counts them."""
         files, audit = self._hash_files(language=language), Audit(["dedup"])
         gone = {path: self.store.rows(file.name, REPEATED)[0] for path, file in files.items()}
-        is_wanted = self.cfg.dedup.exact or self.cfg.dedup.near
-        none = Copies(*[np.zeros(0, np.int64)] * 4)
-        for path, copies in find_copies(list(files), gone) if is_wanted else zip(files, repeat(none)):
+        for path, copies in find_copies(list(files), gone):
             name, repeated = files[path].name, gone[path]
             self.store.save_rows(name, DROPPED, np.sort(np.concatenate([repeated, copies.exact, copies.near])))
             self.store.save_rows(name, ALIKE, copies.kept, copies.n_alike)
@@ -122,16 +111,13 @@ class Documents:
         audit.save(self.store.work / "dropped" / f"{language}.json")
 
     def _count_dropped(self, audit: Audit, step: str, file: StoredFile, dropped: Mapping[str, NDArray[Any]]) -> None:
-        """Counts the rows of a file that a step leaves out."""
         if not any(map(len, dropped.values())):
             return
         rows = pq.ParquetFile(self.store.root / file.name).read(["n_bytes", "id", "location"])
         sizes, tally = to_numpy(rows["n_bytes"]), audit.tally(step, file.language)
         for reason, which in dropped.items():
-            examples = [
-                {"source": file.source, "location": found["location"], "excerpt": found["id"]}
-                for found in rows.take(numbers(which[:EXAMPLES])).to_pylist()
-            ]
+            first = rows.take(numbers(which[:EXAMPLES])).to_pylist()
+            examples = [{"source": file.source, "location": row["location"], "excerpt": row["id"]} for row in first]
             if len(which):
                 tally.reject(reason, len(which), int(sizes[which].sum()), examples)
 
@@ -174,8 +160,8 @@ class Documents:
         self.refuse_bad_share(audit)
         self._require_text_in_every_language(audit)
         audit.save(self.store.work / "audit.json")
-        title, told = "What became of every document", {"documents": self.store.folder.name}
-        write_page(audit, title, told, self.store.work / "audit.html")
+        told = {"documents": self.store.folder.name}
+        write_page(audit, "What became of every document", told, self.store.work / "audit.html")
         opt_outs = rights.list_facts(self.cfg.clean.opt_out)
         facts = {
             "sources": {
@@ -189,10 +175,7 @@ class Documents:
                 for name, source in self.cfg.sources.items()
             },
             "steps": audit.sums(),
-            "lists": [
-                {"file": Path(path).name, "sha256": known, **opt_outs.get(path, {})}
-                for path, known in self.lists.items()
-            ],
+            "lists": [{"file": Path(p).name, "sha256": h, **opt_outs.get(p, {})} for p, h in self.lists.items()],
         }
         write_whole(self.store.work / COMPLETE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         for leftover in [*self.store.work.glob("units/**/.*")]:  # of killed processes
@@ -201,8 +184,9 @@ class Documents:
 
     def _require_text_in_every_language(self, audit: Audit) -> None:
         n_docs: Counter[tuple[str, str]] = Counter()
-        for path, file in self._hash_files().items():
-            n_docs[file.language, file.split] += int(self.store.is_kept(file.name, count_rows(path)).sum())
+        for file in self.store.stored():
+            n_rows = pq.read_metadata(self.store.root / file.name).num_rows
+            n_docs[file.language, file.split] += int(self.store.is_kept(file.name, n_rows).sum())
         wanted = self.cfg.languages or sorted({lang for lang, _ in n_docs})
         lacking = [lang for lang in wanted if not (n_docs[lang, TRAIN] and n_docs[lang, VALID])]
         if wanted and not lacking:

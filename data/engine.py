@@ -22,8 +22,7 @@ from configs.text import TasksConfig
 from ledger.progress import Progress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-CHUNKS_A_WORKER = 100
-"""Units differ in size: with many chunks of them for each worker, none waits long for the last."""
+CHUNKS_A_WORKER = 100  # units differ in size: with many chunks of them for each worker, none waits long for the last
 
 
 def whole() -> list[str]:
@@ -36,12 +35,10 @@ class Step:
     """One step. All that is in it has to be picklable: methods of an object, not closures."""
 
     name: str
-    units: Callable[[], Sequence[str]]
-    """Names of the units; asked when the steps before are complete."""
+    units: Callable[[], Sequence[str]]  # names of the units; asked when the steps before are complete
     is_done: Callable[[str], bool]
     run: Callable[[str], None]
-    beside: "Step | None" = None
-    """A step done at the same time: neither waits for the other, and its units come first."""
+    beside: "Step | None" = None  # done at the same time: neither waits for the other, and its units come first
 
     def tasks(self) -> list[tuple["Step", str]]:
         """Its units, done or not, each with its step; asked when the steps before are complete."""
@@ -53,10 +50,7 @@ class Step:
 
 
 def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
-    """Does the steps, one after the other; returns when all units are done.
-
-    Raises what a unit raised, and `UserError` where a process was killed.
-    """
+    """Does the steps one after the other; raises what a unit raised, and `UserError` where a process was killed."""
     n_workers = _n_workers(cfg)
     warm_up(cfg)
     with ExitStack() as stack:
@@ -76,11 +70,10 @@ def run_here(steps: Iterable[Step], cfg: TasksConfig) -> None:
                     for _ in workers.map(do, tasks, chunksize=chunk):
                         progress.advance()
             except BrokenProcessPool:
-                raise UserError(
-                    f"a process of the step {step.name} was killed",
-                    "most often the memory was not enough",
-                    f"tasks.workers={max(n_workers // 2, 1)}, or a machine with more memory; what is done is kept",
-                ) from None
+                found, rule = f"a process of the step {step.name} was killed", "most often the memory was not enough"
+                fewer = f"tasks.workers={max(n_workers // 2, 1)}"
+                repair = f"{fewer}, or a machine with more memory; what is done is kept"
+                raise UserError(found, rule, repair) from None
 
 
 def do(task: tuple[Step, str]) -> None:

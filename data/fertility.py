@@ -16,8 +16,7 @@ from configs.text import TokenizerConfig
 from data.files import JSONL, PACKAGE_ROOT, find_files, read_lines, sha256
 from data.tokenizer import Encoder
 
-PUBLISHED = PACKAGE_ROOT / "data" / "fertility.yaml"
-"""Figures of published tokenizers, with their source."""
+PUBLISHED = PACKAGE_ROOT / "data" / "fertility.yaml"  # figures of published tokenizers, with their source
 
 
 def read_parallel(path: str, languages: Iterable[str] = ()) -> dict[str, list[str]]:
@@ -64,8 +63,7 @@ def tokenizer_report(
             "fertility": n / words,
             "parity": float(n / reference),
             "bytes_per_token": n_bytes / n,
-            # Text gives entries and bytes, nothing else.
-            "byte_share": float(is_byte[ids[lang]].mean()),
+            "byte_share": float(is_byte[ids[lang]].mean()),  # text gives entries and bytes, nothing else
         }
     users = np.bincount(np.concatenate([np.unique(used) for used in ids.values()]))
     offsets, reached = encoder.encode([*entries.values()])

@@ -55,10 +55,7 @@ class InputFile(NamedTuple):
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
-    """Files that `path` means, sorted: itself, those with `suffixes` below a folder, or those a glob matches.
-
-    Hidden files and folders are left out. Raises `UserError` where nothing is found or a folder cannot be read.
-    """
+    """Visible files, sorted: `path` itself, those with `suffixes` below it, or a glob's. `UserError` if none is."""
     target = PACKAGE_ROOT / path.removeprefix("package:") if path.startswith("package:") else Path(path)
     with readable(path):
         if any(c in path for c in "*?["):
@@ -150,11 +147,9 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: {error.strerror or error}",
-            "files of a source exist and can be read by the user who runs this",
-            _REPAIRS.get(error.errno or 0, "see to the file system"),
-        ) from None
+        rule = "files of a source exist and can be read by the user who runs this"
+        repair = _REPAIRS.get(error.errno or 0, "see to the file system")
+        raise UserError(f"{error.filename or path}: {error.strerror or error}", rule, repair) from None
 
 
 def damaged(found: str, repair: str) -> UserError:
@@ -163,10 +158,7 @@ def damaged(found: str, repair: str) -> UserError:
 
 
 def _below(folder: Path, pattern: tuple[str, ...]) -> Iterator[Path]:
-    """What the parts of a pattern lead to: entries that are no folders, and are not hidden.
-
-    Path.rglob and glob pass over folders that may not be read; a part of the corpus would be gone unseen.
-    """
+    """Visible files that a pattern leads to; Path.rglob would pass in silence over folders that may not be read."""
     if not pattern:
         return
     with os.scandir(folder) as entries:

@@ -35,10 +35,7 @@ class ValidDocument:
 
 
 def valid_documents(corpus_dir: Path) -> list[ValidDocument]:
-    """Held-out documents of a prepared corpus, language by language, for bits per byte.
-
-    At most `corpus.holdout.max_docs_per_language` of each, the first by the hash of their id, in its order.
-    """
+    """Held-out documents, of each language the first `max_docs_per_language` by the hash of their id."""
     manifest, documents = Manifest.load(corpus_dir), []
     for language in manifest.languages(VALID):
         found = []

@@ -16,8 +16,7 @@ from configs.errors import UserError
 from configs.text import IdentifyConfig
 from data.sources import Document
 
-SAMPLE_CHARACTERS = 3000
-"""A longer text is judged by so much of it, a third each from its beginning, its middle and its end."""
+SAMPLE_CHARACTERS = 3000  # of a longer text, a third each from its beginning, its middle and its end
 
 
 class Guess(NamedTuple):

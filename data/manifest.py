@@ -1,7 +1,4 @@
-"""What a prepared corpus is: every shard with source, language, licence, counts and hashes.
-
-Nothing in it depends on where the corpus stands or when it was made.
-"""
+"""What a prepared corpus is: shards with source, licence, counts, hashes, and nothing of where or when it was made."""
 
 import hashlib
 import json
@@ -17,30 +14,23 @@ from data.files import sha256, write_whole
 from data.shards import damaged
 
 MANIFEST = "manifest.json"
-TRAIN, VALID = "train", "valid"
-"""The two splits: what training reads, and what it never sees."""
+TRAIN, VALID = "train", "valid"  # the two splits: what training reads, and what it never sees
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One shard: documents of one source in one language and split."""
 
-    stem: str
-    """Path of its files below the corpus, without their suffix."""
+    stem: str  # path of its files below the corpus, without their suffix
     source: str
     language: str
     split: str
-    licences: list[str]
-    """Licences of its documents, sorted."""
+    licences: list[str]  # licences of its documents, sorted
     n_docs: int
-    n_tokens: int
-    """With one `<s>` and one `</s>` a document."""
-    n_bytes: int
-    """UTF-8 bytes of the text."""
-    sha256: dict[str, str]
-    """Hash of each file by its suffix."""
-    n_removed: int = 0
-    """Documents taken out after it was made; their tokens are `</s>`."""
+    n_tokens: int  # with one `<s>` and one `</s>` a document
+    n_bytes: int  # UTF-8 bytes of the text
+    sha256: dict[str, str]  # hash of each file by its suffix
+    n_removed: int = 0  # documents taken out after it was made; their tokens are `</s>`
 
 
 @dataclass(frozen=True)
@@ -51,32 +41,24 @@ class TokenizerEntry:
     bos_id: int
     eos_id: int
     pad_id: int
-    sha256: dict[str, str]
-    """Hash of each file by its name."""
+    sha256: dict[str, str]  # hash of each file by its name
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A prepared corpus."""
 
-    shards: list[ShardEntry]
-    """Sorted by language, source, split and number."""
+    shards: list[ShardEntry]  # sorted by language, source, split and number
     tokenizer: TokenizerEntry
-    documents: str
-    """Name of the folder of cleaned documents that the shards were made from."""
+    documents: str  # name of the folder of cleaned documents that the shards were made from
     sources: dict[str, dict[str, Any]]
     """By source: `origin`, `licence`, `licence_field` where documents name theirs, `records` read and rejected by
     reason, and the hashes of its `files` by name."""
-    steps: dict[str, Any]
-    """By step of cleaning: documents and bytes that came, were left, and were rejected by reason."""
-    lists: list[dict[str, Any]]
-    """Lists and models that decided about documents: file, hash and, of opt-outs, date and entries."""
-    removed: list[dict[str, Any]]
-    """Documents taken out later, each time with the hash that the corpus had before."""
-    max_valid_docs_per_language: int
-    """How many held-out documents validation reads."""
-    versions: dict[str, str]
-    """Versions of the libraries that made it."""
+    steps: dict[str, Any]  # by step of cleaning: documents and bytes that came, left, and were rejected by reason
+    lists: list[dict[str, Any]]  # and models, that decided: file, hash and, of opt-outs, date and entries
+    removed: list[dict[str, Any]]  # documents taken out later, each time with the hash that the corpus had before
+    max_valid_docs_per_language: int  # how many held-out documents validation reads
+    versions: dict[str, str]  # versions of the libraries that made it
 
     @classmethod
     def load(cls, corpus_dir: Path) -> "Manifest":
@@ -156,10 +138,7 @@ class Manifest:
 
 
 def marks(corpus_dir: Path) -> dict[str, list[int]]:
-    """Size in bytes and time of change in ns of each file of a corpus, by name below `corpus_dir`.
-
-    Raises one `UserError` that names the files that are missing or cannot be reached.
-    """
+    """Size in bytes and time of change in ns by name of file; one `UserError` names those that cannot be reached."""
     found, missing = {}, []
     for name in Manifest.load(corpus_dir).hashes:
         try:

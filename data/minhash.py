@@ -31,10 +31,8 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
 N_BANDS, N_ROWS, N_WORDS = 14, 8, 5
-BATCH_CHARACTERS = 1 << 18
-"""Texts are hashed together up to about so many; each takes 30 bytes, in a longer text too."""
-BLOCK_SHINGLES = 1 << 13
-"""A block and its products stay in the second cache while 112 functions go over them."""
+BATCH_CHARACTERS = 1 << 18  # texts are hashed together up to about so many; each takes 30 bytes, in a longer text too
+BLOCK_SHINGLES = 1 << 13  # a block and its products stay in the second cache while 112 functions go over them
 
 
 def text_hashes(texts: Sequence[str], near: bool) -> Hashes:

@@ -24,8 +24,7 @@ from ledger.pages import render
 
 Array = NDArray[Any]
 
-_EXACT = 1e-9
-"""Relative error within which a cap is kept."""
+_EXACT = 1e-9  # relative error within which a cap is kept
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,10 @@ class Row:
 
     part: str
     available_tokens: int
-    slots: int
-    """Of `CYCLE`."""
+    slots: int  # of `CYCLE`
     share: float
-    tokens: int
-    """Tokens planned, repetitions counted."""
-    epochs: float
-    """How often the run will have seen the part by the end of the phase."""
+    tokens: int  # tokens planned, repetitions counted
+    epochs: float  # how often the run will have seen the part by the end of the phase
     cap: str
     """`capped` where UniMax held it at max_epochs, `over` where it is seen more often, `small` where it is left out
     since one slot would already show it more often; else empty."""
@@ -54,8 +50,7 @@ class Mixture:
     from_tokens: int
     rule: str
     rows: list[Row]
-    unspent_tokens: int
-    """Tokens of the phase for which no part has text left within max_epochs."""
+    unspent_tokens: int  # tokens of the phase for which no part has text left within max_epochs
 
     @property
     def phase(self) -> Phase:
@@ -121,25 +116,20 @@ class _Stock:
         languages, sources = zip(*(part.split("/") for part in available), strict=True)
         factors = [cfg.sources.get(source, 1.0) for source in sources]
         if not any(factors):
-            found, repair = f"{name}.sources = {cfg.sources}", "give a source a factor above 0"
-            raise UserError(found, "some text has to be drawn", repair)
+            found = f"{name}.sources = {cfg.sources}"
+            raise UserError(found, "some text has to be drawn", "give a source a factor above 0")
         drawn = [lang for lang, factor in zip(languages, factors, strict=True) if factor]
         for setting, known in {"weights": drawn, "sources": sources, "max_epochs_of": sources}.items():
             if unknown := sorted(getattr(cfg, setting).keys() - set(known)):
-                raise UserError(
-                    f"{name}.{setting} names {', '.join(unknown)}",
-                    f"the corpus has training text in {', '.join(sorted(set(known)))}",
-                    f"take them out of {name}.{setting}, or add a source",
-                )
+                rule = f"the corpus has training text in {', '.join(sorted(set(known)))}"
+                repair = f"take them out of {name}.{setting}, or add a source"
+                raise UserError(f"{name}.{setting} names {', '.join(unknown)}", rule, repair)
         self.parts = list(available)
         self.tokens: Array = np.array(list(available.values()), np.float64)
-        self.weight = self.tokens * factors
-        """For the share within the language."""
+        self.weight = self.tokens * factors  # for the share within the language
         self.max_epochs: Array = np.array([cfg.max_epochs_of.get(source, cfg.max_epochs) for source in sources])
-        self.seen: Array = np.array([seen.get(part, 0.0) for part in available])
-        """Tokens shown before."""
-        self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)
-        """Tokens that may yet be shown."""
+        self.seen: Array = np.array([seen.get(part, 0.0) for part in available])  # tokens shown before
+        self.room: Array = np.maximum(self.max_epochs * self.tokens - self.seen, 0.0)  # tokens that may yet be shown
 
     def epochs(self, tokens: Array) -> Array:
         """How often each part has been shown after so many tokens more."""
@@ -218,10 +208,7 @@ def _rows(cfg: PhaseConfig, stock: _Stock, wanted: Array, tokens_per_slot: float
 
 
 def _slots(wanted: Array, room: Array) -> Array:
-    """Slots of a cycle by largest remainder, at least one for each part that wants any.
-
-    Rounding takes no part above its room, unless none has any left.
-    """
+    """Slots by largest remainder, one at least for what wants any; none above its room, unless none has any left."""
     slots = np.maximum(np.floor(wanted), (wanted > 0) & (room >= 1)).astype(np.int64)
     while (missing := CYCLE - int(slots.sum())) > 0:
         growing = (wanted > 0) & (slots + 1 <= room)
@@ -249,9 +236,6 @@ def _refusals(
     setting = f"{name}.max_epochs_of.{source}" if source in cfg.max_epochs_of else f"{name}.max_epochs"
     shown = ", ".join(f"{stock.parts[i]} {times[i]:.2f} times" for i in over)
     other = "" if cfg.rule is MixtureRule.unimax else f"{name}.rule=unimax, "
-    yield UserError(
-        f"{end_name} = {begin * seq_len + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}",
-        f"{setting} = {stock.max_epochs[worst]:g}",
-        f"{other}{shorter}more text, {setting}={math.ceil(times[worst] * (1 - _EXACT))}, "
-        f"or {name}.allow_more_epochs=true",
-    )
+    found = f"{end_name} = {begin * seq_len + n_tokens} under {name}.rule = {cfg.rule.value} would show {shown}"
+    higher = f"{setting}={math.ceil(times[worst] * (1 - _EXACT))}, or {name}.allow_more_epochs=true"
+    yield UserError(found, f"{setting} = {stock.max_epochs[worst]:g}", f"{other}{shorter}more text, {higher}")

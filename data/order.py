@@ -24,8 +24,7 @@ from data.minhash import mix
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-CYCLE = 2**18
-"""Slots of a cycle, one a position: the least share is one in so many."""
+CYCLE = 2**18  # slots of a cycle, one a position: the least share is one in so many
 
 ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -47,27 +46,20 @@ class Phase:
     """The mixture from a position on; goes through JSON unchanged."""
 
     from_position: int
-    slots: dict[str, int]
-    """By part, `CYCLE` in all; a part without slots is not drawn."""
+    slots: dict[str, int]  # by part, `CYCLE` in all; a part without slots is not drawn
 
 
 class Located(NamedTuple):
     """Samples at some positions: arrays of int64 alike in shape."""
 
-    part: I64
-    """Index into the streams."""
-    sequence: I64
-    """Sequence within the part."""
+    part: I64  # index into the streams
+    sequence: I64  # sequence within the part
     epoch: I64
-    sample_id: I64
-    """64 bits that stand for part, content, sequence and epoch."""
+    sample_id: I64  # 64 bits that stand for part, content, sequence and epoch
 
 
 class Order:
-    """The order of all samples of a run.
-
-    Raises `ValueError` where `phases` do not follow one another from 0 on, or do not fill their cycle with `streams`.
-    """
+    """The order of a run; raises `ValueError` for phases that do not follow from 0 on, or whose cycle is not filled."""
 
     def __init__(self, streams: Sequence[Stream], seed: int, phases: Sequence[Phase]) -> None:
         starts = [phase.from_position for phase in phases]

@@ -61,11 +61,9 @@ def read_record(corpus_dir: Path, seq_len: int, shards: Iterable[ShardEntry]) ->
     found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     paths = {shard.stem: packing_path(shard.stem, seq_len, shard.sha256[".idx"]) for shard in shards}
     if missing := [path for path in paths.values() if path not in found]:
-        raise UserError(
-            f"{corpus_dir / missing[0]} has not been made",
-            "mixture.packing = best_fit reads an index beside each shard, made for train.seq_len",
-            "marathon data, or mixture.packing=concat",
-        )
+        rule = "mixture.packing = best_fit reads an index beside each shard, made for train.seq_len"
+        repair = "marathon data, or mixture.packing=concat"
+        raise UserError(f"{corpus_dir / missing[0]} has not been made", rule, repair)
     return {stem: (f"{corpus_dir}/{path}", *found[path]) for stem, path in paths.items()}
 
 

@@ -36,8 +36,7 @@ from data.shards import SUFFIXES, ShardWriter
 from data.store import COMPLETE
 from data.tokenizer import Encoder
 
-FORMAT = 2
-"""Part of the key: raise it when the same documents would give other shards."""
+FORMAT = 2  # part of the key: raise it when the same documents would give other shards
 VERIFIED_ONE_IN = 1000
 """Ids are compared with those of sentencepiece for the first document of each batch, and one in so many."""
 ENCODED_BYTES = 8_000_000
@@ -60,7 +59,8 @@ def prepare(cfg: RunConfig) -> Path | None:
                 run_here(corpus.steps(), cfg.tasks)
         if not corpus.is_complete:
             return None
-        print(_without_languages((corpus.folder / "tokenizer" / REPORT).read_text(encoding="utf-8")), flush=True)
+        head, *rows = (corpus.folder / "tokenizer" / REPORT).read_text(encoding="utf-8").splitlines()
+        print("\n".join([head, *dropwhile(lambda row: not row.startswith("mean"), rows)]), flush=True)
     corpus.clear_leftovers()
     if (audit := corpus.documents.store.folder / "audit.html").exists():
         corpus.documents.refuse_bad_share(Audit.load(audit.with_suffix(".json")))  # the limit may be another by now
@@ -101,11 +101,6 @@ def language_table(manifest: Manifest) -> str:
             reasons = ", ".join(f"{reason} {n:,}" for reason, (n, _) in sorted(counts["rejected"].items()))
             lines.append(f"left out by {step}: {reasons}")
     return "\n".join(lines)
-
-
-def _without_languages(report: str) -> str:
-    head, *rows = report.splitlines()
-    return "\n".join([head, *dropwhile(lambda row: not row.startswith("mean"), rows)])
 
 
 class Corpus:
@@ -177,17 +172,13 @@ class Corpus:
     def _has(self, name: str, unit: str) -> bool:
         return (self._work / name.replace("{}", unit)).exists()
 
-    def _words(self, language: str) -> Path:
-        return self._work / "words" / f"{language}.json"
-
     def _count(self, language: str) -> None:
         counts: Counter[str] = Counter()
         for text in self.documents.store.texts(language, TRAIN, self._tokenizer.max_train_bytes_per_language):
             tokenizer.count_words(text, counts)
-        write_whole(self._words(language), json.dumps(counts, ensure_ascii=False))
+        write_whole(self._work / "words" / f"{language}.json", json.dumps(counts, ensure_ascii=False))
 
     def _export(self, _: str) -> None:
-        """Takes the tokenizer that is given, in the forms that are used."""
         model = tokenizer.read_model(self._tokenizer.path)
         tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
 
@@ -195,8 +186,8 @@ class Corpus:
         """Trains the tokenizer, where none is given, and decides which documents make which shard."""
         weights: dict[str, float] = {}
         if not self._tokenizer.path:
-            languages = self.documents.store.languages()
-            words = {lang: Counter(json.loads(self._words(lang).read_text(encoding="utf-8"))) for lang in languages}
+            files = {lang: self._work / f"words/{lang}.json" for lang in self.documents.store.languages()}
+            words = {lang: Counter(json.loads(file.read_text(encoding="utf-8"))) for lang, file in files.items()}
             print(f"tokenizer: training {self._tokenizer.vocab_size} entries", flush=True)
             model, weights = balance.train(words, self._tokenizer)
             tokenizer.export(model, self._work / "tokenizer", self._tokenizer.special_tokens)
@@ -213,21 +204,17 @@ class Corpus:
         try:
             report = tokenizer_report(folder, self._tokenizer, self.documents.store.languages(), trained_on)
         except UserError as error:
-            write_whole(folder / REPORT, f"tokenizer: not measured: {error.found}\n")
-            return
-        report |= {"weights": self._plan()["weights"]}
-        write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_whole(folder / REPORT, report_table(report) + "\n")
+            told = f"tokenizer: not measured: {error.found}"
+        else:
+            told, report["weights"] = report_table(report), self._plan()["weights"]
+            write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / REPORT, told + "\n")
 
     def _stems(self) -> list[str]:
         shards = self._plan()["shards"]
         return sorted(shards, key=lambda stem: (-len(shards[stem]), stem))  # the longest first
 
-    def _entry_path(self, stem: str) -> Path:
-        return self._work / "entries" / f"{stem}.json"
-
     def _write(self, stem: str) -> None:
-        """One shard, and its entry of the manifest when the files are whole."""
         encoder = _encoder(self._work / "tokenizer")
         (self._work / "shards").mkdir(exist_ok=True)
         writer = ShardWriter(self._work / "shards" / stem, encoder.vocab_size, encoder.bos_id, encoder.eos_id)
@@ -244,13 +231,13 @@ class Corpus:
         hashes = {suffix: sha256(writer.stem.with_name(stem + suffix)) for suffix in SUFFIXES}
         counts = writer.n_docs, writer.n_tokens, writer.n_bytes
         entry = ShardEntry(f"shards/{stem}", source, lang, split, sorted(licences), *counts, hashes)
-        write_whole(self._entry_path(stem), json.dumps(dataclasses.asdict(entry)))
+        write_whole(self._work / "entries" / f"{stem}.json", json.dumps(dataclasses.asdict(entry)))
 
     def _is_whole(self, _: str = "all") -> bool:
         return (self.folder / MANIFEST).exists()
 
     def _finish(self, _: str) -> None:
-        entries = [json.loads(self._entry_path(stem).read_text()) for stem in sorted(self._stems())]
+        entries = [json.loads((self._work / f"entries/{stem}.json").read_text()) for stem in sorted(self._stems())]
         facts = json.loads((self.documents.store.folder / COMPLETE).read_text(encoding="utf-8"))
         encoder, names = _encoder(self._work / "tokenizer"), (tokenizer.MODEL, tokenizer.FAST, tokenizer.FAST_CONFIG)
         hashes = {name: sha256(self._work / "tokenizer" / name) for name in names}

@@ -21,8 +21,7 @@ import yaml
 from configs.errors import UserError
 from data.sources import Document
 
-Spans = Iterator[tuple[int, int]]
-"""Where items begin and end in a text."""
+Spans = Iterator[tuple[int, int]]  # where items begin and end in a text
 
 _TABLE: dict[str, Any] = yaml.CSafeLoader(Path(__file__).with_suffix(".yaml").read_bytes()).get_single_data()
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _TABLE["patterns"].items()}
@@ -194,5 +193,4 @@ _FINDERS: dict[str, Callable[[str], Spans]] = {
     "phone": _phones,
     "ip": _ips,
 }
-TOKENS = {kind: f"<{kind}>" for kind in _FINDERS}
-"""What stands in the text in place of each kind."""
+TOKENS = {kind: f"<{kind}>" for kind in _FINDERS}  # what stands in the text in place of each kind

@@ -22,15 +22,12 @@ from data.language import open_fasttext
 from data.sources import SPACE_MARK, Document
 
 TOP_NGRAMS, DUPLICATE_NGRAMS = range(2, 5), range(5, 11)
-SENTENCE_ENDS = (".", "!", "?", "…", ":", ";", "\u037e")
-"""The last one is the Greek question mark."""
+SENTENCE_ENDS = (".", "!", "?", "…", ":", ";", "\u037e")  # the last one is the Greek question mark
 CLOSERS = "\"'”’“»«)]"
 
-TAIL = 0.01
-"""Share of the reference text that may stand beyond a limit, on each side."""
+TAIL = 0.01  # share of the reference text that may stand beyond a limit, on each side
 MIN_STOP_WORD_SHARE, MAX_STOP_WORDS = 0.002, 20
-MIN_DOCUMENTS = 500
-"""Limits from fewer would be chance."""
+MIN_DOCUMENTS = 500  # limits from fewer would be chance
 
 BOUNDS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "words": ((10, 50), (100_000, 100_000)),

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.text import SourceConfig
 from data import files
 from data.files import InputFile, damaged, read_lines, readable
-from data.shards import MAGIC, mapped
+from data.shards import mapped, read_index
 
 PROBLEMS: dict[type[Exception], str] = {
     UnicodeDecodeError: "invalid_utf8",
@@ -26,10 +26,6 @@ PROBLEMS: dict[type[Exception], str] = {
     OverflowError: "text_too_long",
 }
 """What an error says about a record."""
-
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Codes of Megatron's index for whole numbers; 6 and 7 are floating point."""
 
 
 class Record(NamedTuple):
@@ -169,19 +165,11 @@ def _rows(batch: Any) -> Iterable[tuple[Any, str]]:
 
 def _token_documents(path: Path) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
     """Tokens of each document, through the page cache. Raises `ValueError` where the index is not one of the tokens."""
-    index, content = mapped(path.with_suffix(".idx")), mapped(path)
-    at = _INDEX_HEADER.size
-    magic, version, code, n, n_ends = _INDEX_HEADER.unpack(index[:at].tobytes())
-    if (magic, version) != (MAGIC, 1) or code not in _TOKEN_TYPES or n_ends < 1:
-        raise ValueError("not an index of whole-number tokens")
-    if len(index) < at + 12 * n + 8 * n_ends:
-        raise ValueError("the index is cut off")
-    lengths, offsets = index[at : at + 4 * n].view("<i4"), index[at + 4 * n : at + 12 * n].view("<i8")
-    ends, dtype = index[at + 12 * n :][: 8 * n_ends].view("<i8"), np.dtype(_TOKEN_TYPES[code])
+    (dtype, lengths, offsets, ends), content = read_index(mapped(path.with_suffix(".idx"))), mapped(path)
     for first, end in pairwise(map(int, ends)):
         parts = [np.zeros(0, dtype)]
-        if not 0 <= first <= end <= n:
-            raise ValueError(f"a document from sequence {first} to {end}, of {n}")
+        if not 0 <= first <= end <= len(lengths):
+            raise ValueError(f"a document from sequence {first} to {end}, of {len(lengths)}")
         for start, n_tokens in zip(offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True):
             if min(start, n_tokens) < 0 or start + n_tokens * dtype.itemsize > len(content):
                 raise ValueError(f"{n_tokens} tokens from byte {start}, of {len(content)}")

@@ -31,21 +31,16 @@ SUFFIX = ".removing"
 
 
 def remove_documents(corpus_dir: Path, ids: Iterable[str], reason: str) -> list[str]:
-    """Removes all documents with these ids, of any source; returns the stems of the shards that changed.
-
-    Raises `UserError` where an id is in no shard; nothing is changed then.
-    """
+    """Removes these documents; returns the stems of changed shards. `UserError`, and no change, for an unknown id."""
     _complete(corpus_dir)
     manifest, wanted = Manifest.load(corpus_dir), sorted(set(ids))
     rows = {entry.stem: _rows_of(corpus_dir / f"{entry.stem}.docs.parquet", wanted) for entry in manifest.shards}
     found = {doc_id for in_shard in rows.values() for doc_id in in_shard.values()}
     before = {known for removal in manifest.removed for known in removal["ids_sha256"]}
     if missing := [doc_id for doc_id in wanted if doc_id not in found and _sha256(doc_id) not in before]:
-        raise UserError(
-            f"{len(missing)} of {len(wanted)} ids are in no shard of {corpus_dir}: {', '.join(missing[:3])}",
-            "ids are those of the sources; copies, rejected and removed documents have none here",
-            "leave them out of ids=; `marathon trace` shows ids as they are",
-        )
+        found_none = f"{len(missing)} of {len(wanted)} ids are in no shard of {corpus_dir}: {', '.join(missing[:3])}"
+        rule = "ids are those of the sources; copies, rejected and removed documents have none here"
+        raise UserError(found_none, rule, "leave them out of ids=; `marathon trace` shows ids as they are")
     if not found:
         return []  # removed before
     touched = [entry for entry in manifest.shards if rows[entry.stem]]

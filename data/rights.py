@@ -53,10 +53,7 @@ def opt_out(cfg: OptOutConfig) -> Callable[[Document], str]:
 
 
 def list_facts(cfg: OptOutConfig) -> dict[str, dict[str, Any]]:
-    """What is to be told of each list by its path: its newest date, its entries, and how many cannot be read.
-
-    The date is one in a comment, or of a robots.txt.
-    """
+    """Of each list by its path: newest date, in a comment or of a robots.txt, entries, and how many are unreadable."""
     facts = {}
     for path in [*cfg.domains, *cfg.ids]:
         facts[path] = _facts(_lines(path, comments=True), sum(1 for _ in _lines(path)), 0)
@@ -111,9 +108,8 @@ def _rules(paths: Iterable[str]) -> dict[str, str]:
     newest: dict[str, tuple[str, str]] = {}
     shared: dict[str, str] = {}
     for robots in filter(None, (robots for path in paths for robots in _robots(path))):
-        rules = ""
-        if _DISALLOWS.search(robots.text):
-            rules = _SITEMAP_OR_COMMENT.sub("", robots.text.removeprefix("\ufeff"))
+        text = robots.text.removeprefix("\ufeff")
+        rules = _SITEMAP_OR_COMMENT.sub("", text) if _DISALLOWS.search(text) else ""
         host, dated = split_address(robots.url)[0], (robots.date, shared.setdefault(rules, rules))
         newest[host] = max(newest.get(host, dated), dated)
     return {host: rules for host, (_, rules) in newest.items() if rules}

@@ -25,7 +25,8 @@ from configs.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.uint16] | type[np.int32]] = {8: np.uint16, 4: np.int32}
+_TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""Codes of the index for whole numbers; 6 and 7 are floating point. Shards are written with 4 and 8."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
@@ -45,8 +46,7 @@ class ShardWriter:
         self._files = {suffix: stem.with_name(f".{stem.name}.{token}{suffix}").open("wb") for suffix in SUFFIXES}
         self._lengths: list[NDArray[np.int32]] = []
         self._sidecar: Any = None
-        self.n_docs = self.n_tokens = self.n_bytes = 0
-        """Of all documents so far; bytes are those of the text as UTF-8."""
+        self.n_docs = self.n_tokens = self.n_bytes = 0  # so far; bytes are those of the text as UTF-8
 
     def add(self, rows: Any, ends: NDArray[np.int64], ids: NDArray[Any]) -> None:
         """Appends documents.
@@ -60,7 +60,7 @@ class ShardWriter:
 
         lengths = np.diff(ends, prepend=0) + 2
         last = np.cumsum(lengths) - 1
-        tokens = np.empty(int(last[-1]) + 1, _DTYPES[self._code])
+        tokens = np.empty(int(last[-1]) + 1, _TOKEN_TYPES[self._code])
         is_text = np.ones(len(tokens), bool)
         is_text[last] = is_text[last - lengths + 1] = False
         if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(tokens.dtype).max:
@@ -80,13 +80,12 @@ class ShardWriter:
     def close(self) -> None:
         """Completes the three files and gives them their names."""
         lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(self.n_docs, np.int64)
-        np.cumsum(lengths[:-1], out=offsets[1:])
+        offsets = np.cumsum(lengths, dtype=np.int64) - lengths
         index = self._files[".idx"]
         index.write(_HEADER.pack(MAGIC, 1, self._code, self.n_docs, self.n_docs + 1))
-        index.write(lengths.tobytes())
-        index.write((offsets * _DTYPES[self._code]().itemsize).tobytes())
-        index.write(np.arange(self.n_docs + 1, dtype=np.int64).tobytes())
+        places = offsets * np.dtype(_TOKEN_TYPES[self._code]).itemsize
+        for column in (lengths, places, np.arange(self.n_docs + 1, dtype=np.int64)):
+            index.write(column.tobytes())
         self._sidecar.close()
         for suffix, file in self._files.items():
             file.flush()
@@ -96,26 +95,19 @@ class ShardWriter:
 
 
 class Shard:
-    """Reads one shard through the page cache; opening it costs the same however large it is.
-
-    Raises `UserError` that names the file where one is missing, is of another kind or is cut off.
-    """
+    """One shard through the page cache, as fast however large; `UserError` names a file missing, foreign or cut off."""
 
     def __init__(self, stem: Path) -> None:
         index, content = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
         with _undamaged(index):
-            whole, at = mapped(index), _HEADER.size
-            magic, version, code, n_docs, n_ends = _HEADER.unpack(whole[:at].tobytes())
-            if (magic, version, n_ends) != (MAGIC, 1, n_docs + 1) or code not in _DTYPES:
+            dtype, self._lengths, self._offsets, ends = read_index(mapped(index))
+            self.n_docs = len(self._lengths)
+            _require_size(index.stat().st_size, _HEADER.size + 12 * self.n_docs + 8 * len(ends))
+            if len(ends) != self.n_docs + 1 or dtype not in (np.uint16, np.int32):
                 raise ValueError("not an index of one sequence a document with tokens in uint16 or int32")
-            self.n_docs: int = n_docs
-            _require_size(index, at + 4 * n_docs + 8 * n_docs + 8 * (n_docs + 1))
-            self._lengths = whole[at : at + 4 * n_docs].view(np.int32)
-            self._offsets = whole[at + 4 * n_docs : at + 12 * n_docs].view(np.int64)
         with _undamaged(content):
-            _require_size(content, int(self._offsets[-1]) + int(self._lengths[-1]) * _DTYPES[code]().itemsize)
-            self.tokens: NDArray[Any] = mapped(content).view(_DTYPES[code])
-            """All tokens of the shard."""
+            _require_size(content.stat().st_size, int(self._offsets[-1]) + int(self._lengths[-1]) * dtype.itemsize)
+            self.tokens: NDArray[Any] = mapped(content).view(dtype)  # all tokens of the shard
 
     def place(self, row: int) -> tuple[int, int]:
         """First token of a document, and how many it has, `<s>` and `</s>` included."""
@@ -136,6 +128,18 @@ class Shard:
         """Places of document starts p with first < p < end, in tokens."""
         rows = self.rows_between(first, end)
         return self._offsets[rows.start + 1 : rows.stop] // self.tokens.itemsize
+
+
+def read_index(content: NDArray[np.uint8]) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64], NDArray[Any]]:
+    """Type of the tokens, lengths, offsets, and first sequences with the end. Raises `ValueError`, `struct.error`."""
+    at = _HEADER.size
+    magic, version, code, n, n_ends = _HEADER.unpack(content[:at].tobytes())
+    if (magic, version) != (MAGIC, 1) or code not in _TOKEN_TYPES or n_ends < 1:
+        raise ValueError("not an index of whole-number tokens")
+    size = at + 12 * n + 8 * n_ends
+    _require_size(min(len(content), size), size)  # other programs may leave more behind it
+    lengths, offsets, ends = np.split(content[at:size], [4 * n, 12 * n])
+    return np.dtype(_TOKEN_TYPES[code]), lengths.view("<i4"), offsets.view("<i8"), ends.view("<i8")
 
 
 def read_sidecar(stem: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
@@ -173,11 +177,8 @@ def mapped(path: Path) -> NDArray[np.uint8]:
 
 def damaged(found: str) -> UserError:
     """The error for a file of a prepared corpus that is not what was prepared."""
-    return UserError(
-        found,
-        "a prepared corpus is read exactly as it was prepared",
-        "restore the file, or remove the folder of the corpus and prepare it again with `marathon data`",
-    )
+    repair = "restore the file, or remove the folder of the corpus and prepare it again with `marathon data`"
+    return UserError(found, "a prepared corpus is read exactly as it was prepared", repair)
 
 
 @contextmanager
@@ -189,8 +190,8 @@ def _undamaged(path: Path) -> Iterator[None]:
         raise damaged(f"{path}: {error}") from error
 
 
-def _require_size(path: Path, n_bytes: int) -> None:
-    if (found := path.stat().st_size) != n_bytes:
+def _require_size(found: int, n_bytes: int) -> None:
+    if found != n_bytes:
         raise ValueError(f"{found:,} bytes, where the index tells of {n_bytes:,}")
 
 

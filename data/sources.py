@@ -21,8 +21,7 @@ from data import files, readers, warc
 from data.files import InputFile, find_files
 from data.readers import Record
 
-SPACE_MARK = "\u2581"
-"""How sentencepiece writes a space inside; text that holds it would come back as a space."""
+SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside; text that holds it would come back as a space
 
 
 @dataclass(slots=True)
@@ -33,20 +32,14 @@ class Document:
     lang: str
     text: str
     source: str
-    location: str
-    """File within the source, and line or row."""
-    fields: dict[str, Any]
-    """The record that it came from, without the text."""
+    location: str  # file within the source, and line or row
+    fields: dict[str, Any]  # the record that it came from, without the text
     licence: str = ""
     url: str = ""
-    lang_score: float = 1.0
-    """How sure its language is; 1 where it was declared and not checked."""
-    lang_second: str = ""
-    """The language that it would be else."""
-    quality: float = 1.0
-    """What the scorer gave."""
-    problem: str = ""
-    """Why the record is no document; its text is the beginning of what was read, then."""
+    lang_score: float = 1.0  # how sure its language is; 1 where it was declared and not checked
+    lang_second: str = ""  # the language that it would be else
+    quality: float = 1.0  # what the scorer gave
+    problem: str = ""  # why the record is no document; its text is the beginning of what was read, then
 
 
 def units(source: SourceConfig) -> list[InputFile]:
@@ -73,12 +66,10 @@ def read_file(name: str, source: SourceConfig, file: InputFile, online: bool = F
     damaged or unreadable.
     """
     if source.format is SourceFormat.hub and not _is_local(source.path) and not online:
-        raise UserError(
-            f"corpus source {source.path} is asked of the hub with cluster.online = false",
-            "compute nodes are taken to have no network: data is staged before",
-            f"on a login node: hf download --repo-type dataset {source.path} --revision {source.hub_revision} "
-            "--local-dir DIR; then path=DIR. Or prepare the corpus there with cluster.online=true",
-        )
+        found = f"corpus source {source.path} is asked of the hub with cluster.online = false"
+        fetch = f"hf download --repo-type dataset {source.path} --revision {source.hub_revision} --local-dir DIR"
+        repair = f"on a login node: {fetch}; then path=DIR. Or prepare the corpus there with cluster.online=true"
+        raise UserError(found, "compute nodes are taken to have no network: data is staged before", repair)
     read, _ = READERS[source.format]
     for location, value, problem in read(source, file):
         if problem := problem or _problem(value, source):
@@ -118,10 +109,9 @@ def _problem(value: Any, source: SourceConfig) -> str:
         return "language_malformed"
     if type(value.get(source.id_field)) not in (str, NoneType, int):  # bool is an int and no id
         return "id_malformed"
-    if (field := source.url_field) and type(value.get(field)) not in (str, NoneType):
-        return "url_malformed"
-    if (field := source.licence_field) and type(value.get(field)) not in (str, NoneType):
-        return "licence_malformed"
+    for what, field in (("url", source.url_field), ("licence", source.licence_field)):
+        if field and not isinstance(value.get(field), str | None):
+            return f"{what}_malformed"
     return ""
 
 

@@ -31,8 +31,7 @@ TEXT_COLUMN = SCHEMA.get_field_index("text")
 class StoredFile(NamedTuple):
     """Documents of one unit in one language and split."""
 
-    name: str
-    """Below the folder of the documents."""
+    name: str  # below the folder of the documents
     source: str
     language: str
     split: str
@@ -89,10 +88,7 @@ class Store:
         return shards
 
     def read(self, groups: Iterable[tuple[str, int]], table_bytes: int) -> Iterator[pa.Table]:
-        """The documents of some row groups that are no copies, with `n_alike`: how many each stands for.
-
-        Tables have about `table_bytes` of text.
-        """
+        """Documents that are no copies, with `n_alike`, how many each stands for; about `table_bytes` in a table."""
         tables: list[pa.Table] = []
         for rows in self._row_groups(groups):
             tables.append(rows)
@@ -121,8 +117,8 @@ class Store:
         """Texts of one language and split, all or a share of about `max_bytes` by the hash of their id."""
         files = [file for file in self.stored(language=language) if file.split == split]
         groups = [(f.name, g) for f in files for g in range(pq.read_metadata(self.root / f.name).num_row_groups)]
-        sizes = [to_numpy(pq.read_table(self.root / f.name, columns=["n_bytes"])["n_bytes"]) for f in files]
-        n_bytes = int(sum(map(np.sum, sizes)))
+        sizes = (pq.read_table(self.root / f.name, columns=["n_bytes"])["n_bytes"] for f in files)
+        n_bytes = sum(int(to_numpy(of_file).sum()) for of_file in sizes)
         for rows in self._row_groups(groups):
             for doc_id, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True):
                 if n_bytes <= max_bytes or rank_of(doc_id) * n_bytes < max_bytes * 2**64:

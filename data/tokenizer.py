@@ -91,14 +91,12 @@ def export(model: bytes, folder: Path, special_tokens: Sequence[str] = ()) -> No
         raise UserError(found, rule, repair)
     bos, eos, unk = pieces.id_to_piece([pieces.bos_id(), pieces.eos_id(), pieces.unk_id()])
     vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    fast = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(learned), unk_token=unk, fuse_unk=True, byte_fallback=True)
-    )
+    bpe = models.BPE(vocab=vocab, merges=_merges(learned), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    fast = tokenizers.Tokenizer(bpe)
     fast.normalizer = normalizers.Replace(" ", SPACE_MARK)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
-    )
+    single, pair, ids = f"{bos} $A", f"{bos} $A {bos} $B", [(bos, pieces.bos_id())]
+    fast.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     # They are text like any other to whoever loads this: not skipped when decoding, found in text as in sentencepiece.
     fast.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in declared])
     config = {
@@ -171,10 +169,9 @@ class Encoder:
         for text, found, theirs in zip(texts, ids, self._pieces.encode(list(texts)), strict=True):
             if (ours := found.tolist()) != theirs:
                 at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-                raise ValueError(
-                    f"gigatoken and sentencepiece differ from token {at}: {ours[at : at + 5]} against "
-                    f"{theirs[at : at + 5]}, after {self.decode(ours[max(0, at - 10) : at])!r}"
-                )
+                pair = f"{ours[at : at + 5]} against {theirs[at : at + 5]}"
+                after = self.decode(ours[max(0, at - 10) : at])
+                raise ValueError(f"gigatoken and sentencepiece differ from token {at}: {pair}, after {after!r}")
             if self.decode(ours) != text:
                 raise ValueError(f"the text does not come back from its tokens: {text[:200]!r}")
 
@@ -211,19 +208,14 @@ def _require_lossless_bpe(pieces: SentencePieceProcessor, declared: list[str], l
         "declared symbols without spaces": not any({" ", SPACE_MARK} & set(token) for token in declared),
     }
     if not all(facts.values()):
-        raise UserError(
-            f"tokenizer.path: {', '.join(f'{what} {is_so}' for what, is_so in facts.items())}",
-            "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation",
-            "train one (tokenizer.path= empty), or train yours with identity normalisation and without dummy prefix",
-        )
+        found = f"tokenizer.path: {', '.join(f'{what} {is_so}' for what, is_so in facts.items())}"
+        rule = "a tokenizer is a sentencepiece BPE model with byte fallback, <s>, </s> and no normalisation"
+        yours = "or train yours with identity normalisation and without dummy prefix"
+        raise UserError(found, rule, f"train one (tokenizer.path= empty), {yours}")
 
 
 def _merges(learned: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order of ids: sentencepiece merges by the result's rank."""
     known = set(learned)
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in learned
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
+    pairs = ((piece[:cut], piece[cut:]) for piece in learned for cut in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in known and right in known]

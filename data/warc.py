@@ -23,8 +23,7 @@ from data.readers import PROBLEMS, Record, show
 
 SUFFIXES = tuple(f".{kind}{packing}" for kind in ("warc", "wet") for packing in ("", ".gz", ".zst"))
 MAX_HEADER_BYTES = 1 << 15
-MAX_ROBOTS_BYTES = 500 << 10
-"""Crawlers need not read more of a robots.txt (RFC 9309)."""
+MAX_ROBOTS_BYTES = 500 << 10  # crawlers need not read more of a robots.txt (RFC 9309)
 
 _START = b"WARC/1."
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
