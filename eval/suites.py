@@ -40,8 +40,7 @@ class Item(NamedTuple):
     gold: int = 0
 
 
-Group = tuple[Item, ...]
-"""Questions that are asked together or not at all."""
+Group = tuple[Item, ...]  # asked together or not at all
 
 
 def agreement(lang: str) -> list[Group]:

@@ -177,7 +177,6 @@ COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
     "completion": lambda arguments: choices.completion_script(arguments[0] if arguments else ""),
     "_complete": lambda words: "\n".join(choices.complete_words(words)),
 }
-"""By name; commands.yaml tells of each."""
 
 
 if __name__ == "__main__":

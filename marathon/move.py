@@ -68,8 +68,7 @@ def move(given: str, to: str) -> None:
         raise UserError(f"from {source} to {target}", "one of both is on this machine", "move it here first")
     with tempfile.TemporaryDirectory() as folder:
         desk = Path(folder)
-        history = _read_ledger(source, run, desk)
-        _require_known_history(history, _read_ledger(target, run, desk), target, run)
+        history = _history(source, target, run, desk)
         pack = _look_through(source, run) if source.is_local else _read_list(source, run)
         pack, arrived = _look_over_there(target, run, pack, desk)
         sent = _send(source, target, run, pack, arrived)
@@ -96,18 +95,18 @@ def _find_run(given: str) -> tuple[Place, str]:
     return place, name
 
 
-def _read_ledger(place: Place, run: str, desk: Path) -> list[Record]:
-    ledger = Ledger(desk)
-    ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
-    return list(ledger.read())
-
-
-def _require_known_history(ours: list[Record], theirs: list[Record], target: Place, run: str) -> None:
-    known, found = ([r for r in history if r["event"] != "arrived"] for history in (ours, theirs))
+def _history(source: Place, target: Place, run: str, desk: Path) -> list[Record]:
+    """The run's ledger; refuses where something has been done over there that it does not know of."""
+    ledger, histories = Ledger(desk), []
+    for place in (source, target):
+        ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
+        histories.append(list(ledger.read()))
+    known, found = ([r for r in history if r["event"] != "arrived"] for history in histories)
     if found != known[: len(found)]:
         told = f"{target}/{run} has a history of its own: `{found[-1]['event']}` is the last of {len(found)} records"
         repair = "move it from there; or give that folder another name if what was done there may be left"
         raise UserError(told, "a run is moved to where it is not yet, or has not gone on", repair)
+    return histories[0]
 
 
 def _look_through(source: Place, run: str) -> Pack:
