@@ -1,8 +1,7 @@
 """lm-evaluation-harness as a library: the one file that imports it.
 
-What is asked comes from a suite folder (`eval/suites.py`) and nowhere else: lm-eval's own index of 13,000 tasks
-takes 15 s to read, and both its caches return answers of other checkpoints or other prompts. No hub is
-reached. Every prompt is `<bos>` + query + choice, with one bos at the front whatever the tokenizer would add.
+What is asked comes from a suite folder (`eval/suites.py`) alone: lm-eval's own index of 13,000 tasks takes 15 s to
+read, and its caches return answers of other checkpoints. No hub is reached. A prompt is `<bos>` + query + choice.
 """
 
 import contextlib
@@ -34,8 +33,7 @@ def run_suite(
 ) -> dict[str, Any]:
     """Asks the model every question of `tasks`; all ranks take part and all return the same.
 
-    `model` stands on its device in evaluation mode; `tokenizer` has bos and pad tokens. Returns
-    `{"tasks": {task: figures}, "prompt_sha256": hash of all prompts}` with these figures a task:
+    Returns `{"tasks": {task: figures}, "prompt_sha256": hash of all prompts}` with these figures a task:
 
     - `acc`, `acc_bytes`: share of items whose right choice is the likeliest, as it is or a byte, each with `_stderr`;
     - `gold_bpb`: bits per byte of the right choices, a smoother curve than accuracy;
@@ -59,10 +57,9 @@ def run_suite(
 
 
 class _SharedLM(HFLM):  # type: ignore[misc]
-    """Scores every n-th request on each of n ranks, and gives all scores to all ranks.
+    """Scores every n-th request on each of n ranks, and gives all scores to all ranks; lm-eval believes to be alone.
 
-    lm-eval's own way deals out documents of each task, counts ranks within a node, and fails where a task has fewer
-    documents than there are ranks. Here it believes to be alone.
+    Its own way counts ranks within a node, and fails where a task has fewer documents than there are ranks.
     """
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

@@ -1,8 +1,4 @@
-"""Results on disk: RUN/eval/CHECKPOINT.json, one file a checkpoint, complete or absent.
-
-A result is one of these weights, this suite, and these held-out documents; while all three are the same, it is not
-computed again.
-"""
+"""Results on disk: RUN/eval/CHECKPOINT.json, one file a checkpoint, complete or absent."""
 
 import hashlib
 import json
@@ -12,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-MEANS = ("acc", "acc_bytes", "gold_bpb", "chance")
-"""Figures of a task that are averaged over the languages of its family."""
+MEANS = ("acc", "acc_bytes", "gold_bpb", "chance")  # of a task, averaged over the languages of its family
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:

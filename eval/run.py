@@ -1,7 +1,6 @@
 """Evaluates the checkpoints of a run: bits per byte on held-out documents, then the question suite.
 
-All ranks take part, whatever their number: it changes no figure by more than rounding. Rank 0 writes the results and a
-ledger line for each, and prints. What has been evaluated is passed over, so the same command goes on after a kill.
+All ranks take part; their number changes no figure by more than rounding. What has been evaluated is passed over.
 """
 
 import json
@@ -33,11 +32,10 @@ from model.weights import checkpoint_sha256, list_checkpoints, load_decoder, rea
 def evaluate(
     cfg: RunConfig, run_dir: Path, *, documents: Sequence[ValidDocument], tokenizer_dir: Path, corpus_hash: str
 ) -> None:
-    """Evaluates every checkpoint, step 0 included, that has no result yet.
+    """Evaluates every checkpoint, step 0 included, that has no result yet; under torchrun or srun, as one of the ranks.
 
-    Under torchrun or srun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) this is one of the ranks. The
-    suite asks in the languages of `documents` and stands in RUN/eval. Raises `UserError` where there is no checkpoint
-    or no document, or a file of a checkpoint is damaged; no rank goes on then.
+    The suite asks in the languages of `documents` and stands in RUN/eval. Raises `UserError` where there is no
+    checkpoint or no document, or a file of a checkpoint is damaged; no rank goes on then.
     """
     torch.set_num_threads(cfg.cluster.cpus_per_device)
     ranks = PartialState(cpu=cfg.cluster.device is Device.cpu, timeout=timedelta(seconds=cfg.engine.timeout_s))
@@ -51,7 +49,10 @@ def evaluate(
             if ranks.is_main_process:
                 write_result(run_dir, result)
                 _record(run_dir, result)
-                progress.say(_line(result))
+                families = result["families"].items()
+                told = [f"{name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in families]
+                bpb = f"{result['bpb_mean']:.4f} bits per byte over {len(result['bpb'])} languages"
+                progress.say(f"{checkpoint.name}: {', '.join([bpb, *told])}, {result['wall_s']:.1f} s")
             progress.advance()
     ranks.destroy_process_group()
 
@@ -96,21 +97,13 @@ def _plan(
 def _figures(
     cfg: RunConfig, checkpoint: Path, documents: Sequence[ValidDocument], ask: Callable[..., Any], ranks: PartialState
 ) -> dict[str, Any]:
-    """What a checkpoint knows, by bits per byte and by what `ask` finds, and how it was measured."""
     begin, rank, world_size = time.monotonic(), ranks.process_index, ranks.num_processes
     _together(ranks, partial(verify_files, checkpoint, rank, world_size))
     decoder, model_sha256 = load_decoder(checkpoint, cfg)
     # In the format in which training computes, so that the last validation of training shows the same figures.
     decoder = decoder.to(ranks.device, torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32)
-    scores = score_documents(
-        decoder,
-        documents,
-        seq_len=cfg.train.seq_len,
-        batch_seqs=cfg.suite.batch_seqs,
-        device=ranks.device,
-        rank=rank,
-        world_size=world_size,
-    )
+    sizes = {"seq_len": cfg.train.seq_len, "batch_seqs": cfg.suite.batch_seqs}
+    scores = score_documents(decoder, documents, **sizes, device=ranks.device, rank=rank, world_size=world_size)
     by_lang = bits_per_byte(gather_scores(scores), bootstrap_samples=cfg.suite.bootstrap_samples)
     suite, progress, hardware = ask(decoder), read_manifest(checkpoint)["progress"], host.hardware()
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else hardware["processor"]
@@ -155,9 +148,3 @@ def _record(run_dir: Path, result: dict[str, Any]) -> None:
     facts, ledger = {name: result[name] for name in (*told, "wall_s", "hardware", "world_size")}, Ledger(run_dir)
     if ledger.last("evaluation", **facts) is None:
         ledger.append("evaluation", **facts)
-
-
-def _line(result: dict[str, Any]) -> str:
-    told = [f"{name} {means['acc']:.3f} (chance {means['chance']:.2f})" for name, means in result["families"].items()]
-    bpb = f"{result['bpb_mean']:.4f} bits per byte over {len(result['bpb'])} languages"
-    return f"{result['checkpoint']}: {', '.join([bpb, *told])}, {result['wall_s']:.1f} s"

@@ -1,9 +1,8 @@
 """Question suites in the 24 official languages of the EU, generated from CLDR as PyPI `babel` carries it.
 
 A suite is a folder named by the hash of its content: JSONL with the questions and YAML with the task for
-lm-evaluation-harness, one pair a family and language, besides `suite.json`, which tells what is in it. It is
-complete or absent, needs no network, and the same settings with the same CLDR give the same folder. Anyone
-can ask the same questions with `lm_eval --include_path . --tasks agreement_pl` inside the folder.
+lm-evaluation-harness, one pair a family and language, and `suite.json`, which tells what is in it. It is complete or
+absent; anyone can ask the same with `lm_eval --include_path . --tasks agreement_pl` inside it.
 """
 
 import hashlib
@@ -41,16 +40,14 @@ class Item(NamedTuple):
     gold: int = 0
 
 
-Group = tuple[Item, ...]
-"""Questions that are asked together or not at all."""
+Group = tuple[Item, ...]  # asked together or not at all
 
 
 def agreement(lang: str) -> list[Group]:
     """Number agreement: "22" goes on as " petabajty", not as " petabajtów".
 
-    Two forms of a unit are asked in both directions, each with a number that demands it, so that preferring one form
-    whatever the number says scores exactly one half. Only forms that some whole number demands are used. Hungarian has
-    nothing to ask, since its nouns stay in the singular after numbers; Maltese has little, few units being translated.
+    Two forms of a unit are asked in both directions, each with a number that demands it, so that always preferring one
+    scores exactly one half. In Hungarian nouns stay in the singular after numbers: there is nothing to ask.
     """
     locale, groups = _locale(lang), {}
     numbers: dict[str, list[int]] = {}
@@ -72,11 +69,10 @@ def agreement(lang: str) -> list[Group]:
 
 
 def countries(lang: str) -> list[Group]:
-    """Country names: "angielski: Germany", next line "polski:", goes on as " Niemcy", out of four.
+    """Country names: "angielski: Germany", next line "polski:", goes on as " Niemcy", out of four of like length.
 
-    The labels are names of languages in the language itself, so that nothing foreign but the asked name is
-    in the question. Names come from English, for English from French. The wrong names are about as long as
-    the right one. Names that are alike in both languages are left out: copying would answer them.
+    Names come from English, for English from French, and the labels from the language itself, so that nothing foreign
+    but the asked name is in the question. Names alike in both are left out: copying would answer them.
     """
     source_lang = "fr" if lang == "en" else "en"
     source, target, labels = _territories(source_lang), _territories(lang), _locale(lang).languages
@@ -96,10 +92,9 @@ FAMILIES: dict[Family, Callable[[str], list[Group]]] = {Family.agreement: agreem
 
 
 def build_suite(suite: SuiteConfig, languages: Collection[str], root: Path) -> Path:
-    """Writes the suite under `root`, if it is not there yet, and returns its folder.
+    """Writes the suite under `root`, if it is not there yet, and returns its folder; without families, it is empty.
 
-    Languages outside the 24 have no questions and are passed over. Raises `UserError` for families
-    that have nothing to ask. Without families, the suite is empty.
+    Languages outside the 24 are passed over. Raises `UserError` for families that have nothing to ask.
     """
     spoken = [lang for lang in LANGUAGES if lang in languages]
     found = {f"{family}_{lang}": FAMILIES[family](lang) for family in suite.tasks for lang in spoken}
@@ -121,7 +116,21 @@ def build_suite(suite: SuiteConfig, languages: Collection[str], root: Path) -> P
     index = {"hash": digest, "origin": origin, "licence": "Unicode-3.0", "tasks": tasks, "left_out": left_out}
     files["suite.json"] = (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()
     files["LICENSE-CLDR.txt"] = (Path(babel.__file__).parent / "locale-data" / "LICENSE.unicode").read_bytes()
-    return _write_folder(root / f"suite-{digest[:16]}", files)
+    folder = root / f"suite-{digest[:16]}"
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".suite-", dir=root) as beside:
+            written = Path(beside, folder.name)
+            written.mkdir()
+            for name, content in files.items():
+                (written / name).write_bytes(content)
+            try:
+                written.rename(folder)
+            except OSError:
+                # Another run may have been first; the name is the hash of the content, so theirs is ours.
+                if not folder.exists():
+                    raise
+    return folder
 
 
 def _locale(lang: str) -> Locale:
@@ -195,20 +204,3 @@ def _drawn(name: str, groups: list[Group], max_items: int) -> list[Item]:
         order = rng.sample(range(len(choices)), len(choices))
         items.append(Item(query, tuple(choices[i] for i in order), order.index(gold)))
     return items
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".suite-", dir=folder.parent) as beside:
-            written = Path(beside, folder.name)
-            written.mkdir()
-            for name, content in files.items():
-                (written / name).write_bytes(content)
-            try:
-                written.rename(folder)
-            except OSError:
-                # Another run may have been first; the name is the hash of the content, so theirs is ours.
-                if not folder.exists():
-                    raise
-    return folder

@@ -1,9 +1,8 @@
 """Bits per byte of held-out documents, by language.
 
-One document is one request: none is context for another. A document is `[bos] + text + [eos]`. The text is scored and
-nothing else: P(first token | bos) counts, bos and the final eos do not, since the denominator is the bytes of the raw
-text. Bits per byte are sums over a language: nats / ln 2 / bytes. They can be compared over the checkpoints of one run
-and between models; between languages they mean little, since scripts differ in bytes a character.
+No document is context for another. Of `[bos] + text + [eos]` the text alone is scored: P(first token | bos) counts,
+bos and eos do not, since the denominator is the bytes of the raw text. Bits per byte, sums of nats / ln 2 / bytes, can
+be compared between models; between languages they mean little, since scripts differ in bytes a character.
 """
 
 import math
@@ -59,10 +58,9 @@ def score_documents(
 ) -> list[DocumentScore]:
     """Scores this rank's share of the documents; `gather_scores` brings the shares together.
 
-    `logits_fn` takes tokens (batch, sequence) padded on the right and gives logits (batch, sequence, rows); it is
-    causal, and in evaluation mode. Longer documents are read in windows of `seq_len` that advance by half, so that
-    every token but those of the first window has half a window of context at least; later windows begin in mid-text,
-    without bos. Documents are dealt out in order of length: ranks have equal work, batches little padding.
+    `logits_fn`, causal, takes tokens (batch, sequence) padded on the right and gives logits (batch, sequence, rows).
+    Longer documents are read in windows of `seq_len` that advance by half, so that tokens of all but the first have
+    half a window of context at least. Documents are dealt out by length: ranks have equal work, batches little padding.
     """
     by_length = sorted(documents, key=lambda document: (-len(document.tokens), document.lang, document.id))
     shares = [list(_windows(by_length[r::world_size], seq_len)) for r in range(world_size)]
@@ -91,11 +89,10 @@ def gather_scores(scores: list[DocumentScore]) -> list[DocumentScore]:
 
 
 def bits_per_byte(scores: Iterable[DocumentScore], *, bootstrap_samples: int, seed: int = 0) -> dict[str, Bpb]:
-    """Bits per byte by language, in order of language.
+    """Bits per byte by language, in order of language; with one document, the interval has width 0.
 
-    The interval is the 2.5th to the 97.5th percentile over `bootstrap_samples` resamplings of documents. The draws
-    depend on the seed and the number of documents alone: checkpoints, and languages with parallel documents, are
-    resampled alike. A language with one document has an interval of width 0: it has no spread to show.
+    The draws depend on the seed and the number of documents alone: checkpoints, and languages with parallel documents,
+    are resampled alike.
     """
     by_lang = {}
     for lang, of_lang in groupby(sorted(scores, key=attrgetter("lang", "id")), key=attrgetter("lang")):

@@ -28,23 +28,22 @@ class Counter:
         last_j, self.last_j = self.last_j, math.nan
         with suppress(OSError, ValueError):
             self.last_j = self.read_j()
-        if not self.last_j < last_j:
-            return self.last_j - last_j
-        gained_j = self.last_j - last_j + self.range_j
-        return gained_j if gained_j <= MOST_J else math.nan
+        gained_j = self.last_j - last_j
+        if gained_j < 0:
+            gained_j += self.range_j
+            return gained_j if gained_j <= MOST_J else math.nan
+        return gained_j
 
 
 class Meter:
-    """What one process reads of its node, in a thread every ten seconds and when asked; for no devices, nothing.
+    """What one process reads of its node, in a thread and when asked; `sources`: each boundary's meter, or its GAP.
 
     Devices of this job are told by UUID (NVIDIA) or PCI address (AMD), a CPU is "". `root` is where `sys` lies.
-    `sources` names the meter of each boundary, or is its GAP.
     """
 
     def __init__(self, devices: Sequence[str], root: Path = Path("/")) -> None:
-        found = {b: _first_that_counts(_meters(b, devices, root)) for b in BOUNDARIES if devices}
-        self.sources = {boundary: source for boundary, (source, _) in found.items()}
-        self._counters = {boundary: counters for boundary, (_, counters) in found.items()}
+        self._found = {b: _first_that_counts(_meters(b, devices, root)) for b in BOUNDARIES if devices}
+        self.sources = {boundary: source for boundary, (source, _) in self._found.items()}
         self._gained_j, self._lock, self._read_s = dict.fromkeys(BOUNDARIES, 0.0), threading.Lock(), time.monotonic()
         threading.Thread(target=self._sample_on, name="energy", daemon=True).start()
 
@@ -58,7 +57,7 @@ class Meter:
 
     def _sample(self) -> None:
         with self._lock:
-            for boundary, counters in self._counters.items():
+            for boundary, (_, counters) in self._found.items():
                 self._gained_j[boundary] += sum(c.gained_j() for c in counters) if counters else math.nan
 
     def _sample_on(self) -> None:
@@ -99,20 +98,18 @@ def _meters(boundary: str, devices: Sequence[str], root: Path) -> dict[str, Iter
     if devices[0]:
         modules = {"Cray pm_counters, modules of accelerators": map(_file, cray.glob("accel*_energy"))}
         return {**modules, "NVML, boards": _nvml(devices), "amdgpu, modules": _amdgpu(devices, root)}
-    cpu = {
-        "Cray pm_counters, processors and memory": map(_file, [*cray.glob("cpu_energy"), *cray.glob("memory_energy")])
-    }
-    zones = (root / "sys/class/powercap").glob("intel-rapl:*")  # those of cores lie within packages, psys around them
-    found = (zone for zone in zones if (zone / "name").read_text().startswith(("package", "dram")))
-    return {**cpu, "RAPL, processors and memory": map(_rapl, found)}
+    cpu = map(_file, [*cray.glob("cpu_energy"), *cray.glob("memory_energy")])
+    return {"Cray pm_counters, processors and memory": cpu, "RAPL, processors and memory": _rapl(root)}
 
 
 def _file(path: Path, unit: float = 1.0, range_j: float = math.inf) -> Counter:
     return Counter(lambda: float(path.read_text().split()[0]) * unit, range_j)
 
 
-def _rapl(zone: Path) -> Counter:
-    return _file(zone / "energy_uj", 1e-6, float((zone / "max_energy_range_uj").read_text()) / 1e6)
+def _rapl(root: Path) -> Iterator[Counter]:
+    for zone in (root / "sys/class/powercap").glob("intel-rapl:*"):
+        if (zone / "name").read_text().startswith(("package", "dram")):  # cores lie within packages, psys around them
+            yield _file(zone / "energy_uj", 1e-6, float((zone / "max_energy_range_uj").read_text()) / 1e6)
 
 
 def _nvml(devices: Sequence[str]) -> Iterator[Counter]:

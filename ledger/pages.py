@@ -1,8 +1,7 @@
 """Pages that are renderings of what was recorded: Jinja templates, which stand beside the module that fills them.
 
 What comes from a file cannot become markup of HTML or SVG, nor end a cell of a table in Markdown. A fact that nobody
-recorded shows as `GAP: reason`, never as nothing. Every page writes numbers by the same filters, which stand below: one
-that is missing or not finite reads `GAP: reason`, and a reason in its place stands for itself.
+recorded, or a number that is not finite, shows as `GAP: reason`; a reason in its place stands for itself.
 """
 
 import functools
@@ -18,8 +17,7 @@ from markupsafe import Markup
 
 from ledger.record import gap
 
-Told = float | str | None
-"""A number, the reason why there is none, or nothing."""
+Told = float | str | None  # a number, the reason why there is none, or nothing
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
 

@@ -4,21 +4,22 @@ import sys
 import time
 from typing import Any
 
-LINE_EVERY_S = 30.0
-"""Between two plain lines that tell of progress alone."""
+LINE_EVERY_S = 30.0  # between two plain lines that tell of progress alone
 
 
 class Progress:
-    """Counts something up: `what` it is for, in units told in the plural; a context manager.
-
-    `total` is where it ends, if that is known. A rank that has nothing to say is not `shown`.
-    """
+    """Counts `what` up to `total`, if that is known, in units told in the plural; a context manager."""
 
     def __init__(self, what: str, unit: str, total: int | None = None, *, done: int = 0, shown: bool = True) -> None:
         self.what, self.unit, self.total, self.done, self.shown = what, unit, total, done, shown
         self._next_line_s = time.monotonic() + LINE_EVERY_S
-        self._bar = _bar(unit) if shown and sys.stdout.isatty() else None
-        if self._bar is not None:
+        self._bar: Any = None
+        if shown and sys.stdout.isatty():
+            from rich import progress as columns  # which a rank behind a pipe never imports
+
+            counts = ("{task.description}", columns.BarColumn(), columns.MofNCompleteColumn(), unit)
+            times = (columns.TimeElapsedColumn(), "left", columns.TimeRemainingColumn())
+            self._bar = columns.Progress(*counts, *times, transient=True)
             self._task = self._bar.add_task(what, total=total, completed=done)
             self._bar.start()
 
@@ -51,12 +52,3 @@ class Progress:
         elif self.shown:
             print(line, flush=True)
             self._next_line_s = time.monotonic() + LINE_EVERY_S
-
-
-def _bar(unit: str) -> Any:
-    """rich's bar; a rank behind a pipe never imports it."""
-    from rich import progress as columns
-
-    counts = ("{task.description}", columns.BarColumn(), columns.MofNCompleteColumn(), unit)
-    times = (columns.TimeElapsedColumn(), "left", columns.TimeRemainingColumn())
-    return columns.Progress(*counts, *times, transient=True)

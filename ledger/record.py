@@ -1,7 +1,6 @@
-"""The ledger: RUN/ledger.jsonl, one JSON object a line, only ever appended to.
+"""The ledger: RUN/ledger.jsonl, one JSON object a line, only ever appended to. Model card and report render it.
 
-Every stage writes here what it did; model card, report and papers are renderings of it. What is not
-known is written as `gap("reason")`, never left out and never guessed.
+What is not known is written as `gap("reason")`, never left out and never guessed.
 """
 
 import json

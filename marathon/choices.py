@@ -1,7 +1,4 @@
-"""What can be chosen: commands, groups and their files, settings, runs. For help, `configs` and tab completion.
-
-A key press waits for the answer: Hydra stays out, and the schema is read only where settings are asked for.
-"""
+"""What can be chosen, for help, `configs` and tab completion, where a key press waits: Hydra stays out."""
 
 import os
 from pathlib import Path

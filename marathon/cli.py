@@ -1,8 +1,4 @@
-"""The `marathon` command.
-
-Imports stay inside the functions: `--help` and tab completion answer at once, and a stage that is complete is
-skipped without loading torch.
-"""
+"""The `marathon` command. Imports stay inside the functions: help answers at once, complete stages load no torch."""
 
 import os
 import sys
@@ -13,11 +9,9 @@ from pathlib import Path
 from configs.errors import UserError
 from marathon import choices
 
-Answer = int | str | Path
-"""Of a command: its exit status, or what is printed."""
+Answer = int | str | Path  # of a command: its exit status, or what is printed
 HELP = {"-h", "--help"}
 STAGES = ("data", "train", "eval", "release")
-"""In order."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,9 +88,8 @@ def move(arguments: list[str]) -> int:
         case [given, "--to", place] | ["--to", place, given]:
             move_run(given, place)
             return 0
-        case _:
-            repair = "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER"
-            raise UserError(f"marathon move {' '.join(arguments)}", "what is moved and where to are given", repair)
+    repair = "marathon move RUN --to FOLDER, or s3://BUCKET/FOLDER, or sftp://HOST/FOLDER"
+    raise UserError(f"marathon move {' '.join(arguments)}", "what is moved and where to are given", repair)
 
 
 def report(arguments: list[str]) -> Path:
@@ -147,17 +140,13 @@ def trace(arguments: list[str]) -> str:
     # The newest checkpoint knows the mixture of all steps before it.
     progress = Progress.from_json(read_manifest(checkpoints[-1])["progress"]) if checkpoints else Progress()
     if not 1 <= step <= progress.step:
-        raise UserError(
-            f"step={step} of {run_dir}",
-            f"its newest checkpoint is of step {progress.step}, and steps count from 1",
-            f"step=1 to step={progress.step}" if progress.step else "train it first",
-        )
+        rule = f"its newest checkpoint is of step {progress.step}, and steps count from 1"
+        repair = f"step=1 to step={progress.step}" if progress.step else "train it first"
+        raise UserError(f"step={step} of {run_dir}", rule, repair)
     corpus_dir, (first, end) = prepared_corpus(run_dir)["path"], map(cfg.train.first_sample, (step - 1, step))
     samples = Samples(corpus_dir, progress.phases, cfg.train.seq_len, cfg.seed, cfg.mixture.packing)
-    positions = unskipped(np.arange(first, end), progress.skipped)
-    return "\n".join(
-        "\t".join((source, lang, name or "(removed)")) for source, lang, name in samples.documents(positions)
-    )
+    seen = samples.documents(unskipped(np.arange(first, end), progress.skipped))
+    return "\n".join("\t".join((source, lang, name or "(removed)")) for source, lang, name in seen)
 
 
 def thresholds(arguments: list[str]) -> str:
@@ -173,7 +162,6 @@ def thresholds(arguments: list[str]) -> str:
 
 
 def _named(arguments: list[str], *names: str) -> dict[str, str]:
-    """The values of NAME=VALUE arguments, each of which is needed."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != set(names):
         rule = f"what is needed is {', '.join(f'{name}=…' for name in names)}, and nothing else"
@@ -189,7 +177,6 @@ COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
     "completion": lambda arguments: choices.completion_script(arguments[0] if arguments else ""),
     "_complete": lambda words: "\n".join(choices.complete_words(words)),
 }
-"""By name; commands.yaml tells of each."""
 
 
 if __name__ == "__main__":

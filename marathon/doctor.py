@@ -1,8 +1,7 @@
 """Is this machine ready? Each check says what it found and, where something is wrong, how to mend it.
 
-A check looks at the real thing: it writes a file, opens a process group, asks the installed packages, reads what Slurm
-and the job script have set for this process. What does not apply here, as a GPU check on a login node, says so and is
-skipped. No check knows a cluster's name; where the nearest cores of a device matter, the node's hardware decides.
+A check looks at the real thing: files, processes, packages, what Slurm set; what does not apply here is skipped. No
+check knows a cluster's name; where the nearest cores of a device matter, the node's hardware decides.
 """
 
 import os
@@ -37,15 +36,13 @@ CCD_OF_GCD = (6, 7, 2, 3, 0, 1, 4, 5)
 """Nodes with four MI250X and a 64-core EPYC 7A53: which group of 8 cores is nearest to each of the 8 GCDs; core 0
 of each group belongs to the system (LUMI user guide, "Distribution and binding")."""
 HIDE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-FAST_INTERFACES = ("hsn", "ib")
-"""Names of Slingshot and InfiniBand interfaces."""
+FAST_INTERFACES = ("hsn", "ib")  # Slingshot and InfiniBand
 
 
 class Outcome(NamedTuple):
-    """What a check comes to: what was found, and how to mend it, empty where there is nothing to mend."""
+    """What was found and how to mend it; with `warn` a run may be slow or fragile, with `fail` it fails or is wrong."""
 
     status: Literal["pass", "warn", "fail", "skip"]
-    """With `warn` a run may be slower or more fragile than it has to be, with `fail` it fails or computes wrongly."""
     found: str
     repair: str = ""
 
@@ -91,7 +88,7 @@ def check_versions() -> Outcome:
     return passed(f"python {version('python')} and {len(needed) - 1} libraries, all within their ranges")
 
 
-def check_known_bad() -> Outcome:
+def check_known_bad_versions() -> Outcome:
     """Pairs of deepspeed and torch that are known to train wrongly."""
     deepspeed, torch_version = version("deepspeed"), version("torch")
     found = f"deepspeed {deepspeed or 'not installed'} with torch {torch_version or 'not installed'}"
@@ -131,11 +128,11 @@ dist.destroy_process_group()
 def check_torch_build(cfg: RunConfig) -> Outcome:
     """Whether torch was built for the device that the cluster has."""
     built = "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
-    wanted = cfg.cluster.device
-    found = f"torch {torch.__version__} for {built}, cluster.device = {wanted.value}"
-    if wanted.value in ("cpu", built):
+    wanted = cfg.cluster.device.value
+    found = f"torch {torch.__version__} for {built}, cluster.device = {wanted}"
+    if wanted in ("cpu", built):
         return passed(found)
-    repair = f"start it in the container or environment whose torch is built for {wanted.value}"
+    repair = f"start it in the container or environment whose torch is built for {wanted}"
     return failed(found, repair) if _in_job() else warned(f"{found}; right only outside of jobs", repair)
 
 
@@ -217,7 +214,7 @@ def check_hub(cfg: RunConfig) -> Outcome:
     return passed(found)
 
 
-def check_interfaces(cfg: RunConfig, net: Path = Path("/sys/class/net")) -> Outcome:
+def check_network_interface(cfg: RunConfig, net: Path = Path("/sys/class/net")) -> Outcome:
     """NCCL_SOCKET_IFNAME against the fast interfaces of this node; `net` lists the interfaces."""
     if cfg.cluster.nodes == 1 or cfg.cluster.device is Device.cpu:
         return does_not_apply("one node" if cfg.cluster.nodes == 1 else "cluster.device = cpu")
@@ -248,8 +245,9 @@ def check_scratch(cfg: RunConfig) -> Outcome:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        repair = "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…"
-        return failed(f"{folder}: {error.strerror}", repair)
+        return failed(
+            f"{folder}: {error.strerror}", "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…"
+        )
     return passed(f"{folder}: a file was written and removed")
 
 
@@ -276,23 +274,15 @@ def check_corpus(cfg: RunConfig) -> Outcome:
     return passed(f"{folder} is what its manifest says")
 
 
-GENERAL: dict[str, Callable[[], Outcome]] = {
-    "versions": check_versions,
-    "known bad versions": check_known_bad,
-    "rendezvous": check_rendezvous,
-}
-CONFIGURED: dict[str, Callable[[RunConfig], Outcome]] = {
-    "torch build": check_torch_build,
-    "devices": check_devices,
-    "cores": check_cores,
-    "core masks": check_core_masks,
-    "threads": check_threads,
-    "hub": check_hub,
-    "network interface": check_interfaces,
-    "scratch": check_scratch,
-    "space": check_space,
-    "corpus": check_corpus,
-}
+def _by_name(*checks: Callable[..., Outcome]) -> dict[str, Callable[..., Outcome]]:
+    return {check.__name__.removeprefix("check_").replace("_", " "): check for check in checks}
+
+
+GENERAL = _by_name(check_versions, check_known_bad_versions, check_rendezvous)
+CONFIGURED = _by_name(
+    check_torch_build, check_devices, check_cores, check_core_masks, check_threads, check_hub, check_network_interface,
+    check_scratch, check_space, check_corpus,
+)  # fmt: skip
 
 
 def _in_job() -> bool:
@@ -300,10 +290,8 @@ def _in_job() -> bool:
 
 
 def _is_task_of_one_device(cfg: RunConfig) -> bool:
-    """Whether srun started this process as one of as many as there are devices."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0")) >= cfg.cluster.world_size
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
     return next(f for f in (folder, *folder.parents) if f.exists())

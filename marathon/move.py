@@ -27,23 +27,18 @@ from marathon.stages import CHECKPOINTS, prepared_corpus
 from model.weights import file_sha256, list_checkpoints, read_manifest, verify_files
 
 Record = dict[str, Any]
-LIST, PARTIAL_LIST = "moved.json", ".moving.json"
-"""Of all files that arrived, and of those that have so far."""
-LIST_EVERY_S = 5.0
-"""A killed move sends again what it finished since the last list, and the file it was in."""
+LIST, PARTIAL_LIST = "moved.json", ".moving.json"  # of all files that arrived, and of those that have so far
+LIST_EVERY_S = 5.0  # a killed move sends again what it finished since the last list, and the file it was in
 
 
 @dataclass(frozen=True)
 class Pack:
     """What a run consists of; files by path below a scratch folder, in the order of sending."""
 
-    checkpoint: str
-    """runs/NAME/checkpoints/step-…"""
-    corpus: str
-    """corpora/KEY"""
+    checkpoint: str  # runs/NAME/checkpoints/step-…
+    corpus: str  # corpora/KEY
     corpus_hash: str
-    files: dict[str, File]
-    """Without those that grow while a run goes on, but where it comes from a pack."""
+    files: dict[str, File]  # without those that grow while a run goes on, but where it comes from a pack
 
     @classmethod
     def of(cls, listed: bytes) -> "Pack":
@@ -52,7 +47,7 @@ class Pack:
         return cls(**{**found, "files": {name: File(**entry) for name, entry in found["files"].items()}})
 
     def write(self, target: Place, name: str, files: dict[str, File]) -> None:
-        """Writes the list of those files of it that have arrived."""
+        """Lists those files of it that have arrived."""
         target.write(name, json.dumps(asdict(replace(self, files=files)), indent=1).encode())
 
     def n_bytes(self, names: Iterable[str]) -> int:
@@ -63,8 +58,7 @@ class Pack:
 def move(given: str, to: str) -> None:
     """Brings a run and its corpus to the scratch folder or pack `to`, a folder or URL; goes on where it stopped.
 
-    `given` is a run's folder, its name under the scratch folder, or the URL of a pack. Raises `UserError` where there
-    is no such run or place; a file is damaged; the run has a history of its own over there; a place refuses.
+    `given` is a run's folder, its name under the scratch folder, or the URL of a pack.
     """
     source, name = _find_run(given)
     target, run = Place(to), f"runs/{name}"
@@ -74,8 +68,7 @@ def move(given: str, to: str) -> None:
         raise UserError(f"from {source} to {target}", "one of both is on this machine", "move it here first")
     with tempfile.TemporaryDirectory() as folder:
         desk = Path(folder)
-        history = _read_ledger(source, run, desk)
-        _require_known_history(history, _read_ledger(target, run, desk), target, run)
+        history = _history(source, target, run, desk)
         pack = _look_through(source, run) if source.is_local else _read_list(source, run)
         pack, arrived = _look_over_there(target, run, pack, desk)
         sent = _send(source, target, run, pack, arrived)
@@ -83,9 +76,8 @@ def move(given: str, to: str) -> None:
     known = [record["arguments"] for record in history if "arguments" in record] or [["experiment=…", f"name={name}"]]
     # The cluster there is another.
     kept = shlex.join(argument for argument in known[-1] if not argument.startswith(("cluster=", "cluster.")))
-    megabytes = [f"{pack.n_bytes(names) / 1e6:,.1f}" for names in (sent, pack.files)]
-    told = {"name": name, "target": target, "pack": pack, "megabytes": megabytes, "arguments": kept}
-    print(render(Path(__file__).with_name("move.txt.j2"), **told, quote=shlex.quote).rstrip())
+    told = {"name": name, "target": target, "pack": pack, "sent": sent, "arguments": kept, "quote": shlex.quote}
+    print(render(Path(__file__).with_name("move.txt.j2"), **told).rstrip())
 
 
 def _find_run(given: str) -> tuple[Place, str]:
@@ -97,29 +89,24 @@ def _find_run(given: str) -> tuple[Place, str]:
     if not found and len(there) == 1:
         name = there[0]
     if name not in there:
-        raise UserError(
-            f"no run {name if found else 'named'} in {place}; there: {', '.join(there) or 'none'}",
-            "a run is given as its folder …/runs/NAME, its name under MARATHON_SCRATCH, or the URL of a pack",
-            "marathon move RUN --to FOLDER_OR_URL",
-        )
+        told = f"no run {name if found else 'named'} in {place}; there: {', '.join(there) or 'none'}"
+        rule = "a run is given as its folder …/runs/NAME, its name under MARATHON_SCRATCH, or the URL of a pack"
+        raise UserError(told, rule, "marathon move RUN --to FOLDER_OR_URL")
     return place, name
 
 
-def _read_ledger(place: Place, run: str, desk: Path) -> list[Record]:
-    ledger = Ledger(desk)
-    ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
-    return list(ledger.read())
-
-
-def _require_known_history(ours: list[Record], theirs: list[Record], target: Place, run: str) -> None:
-    """Nothing has been done over there that this end does not know of."""
-    known, found = ([r for r in history if r["event"] != "arrived"] for history in (ours, theirs))
+def _history(source: Place, target: Place, run: str, desk: Path) -> list[Record]:
+    """The run's ledger; refuses where something has been done over there that it does not know of."""
+    ledger, histories = Ledger(desk), []
+    for place in (source, target):
+        ledger.path.write_bytes(place.read(f"{run}/{ledger.path.name}") or b"")
+        histories.append(list(ledger.read()))
+    known, found = ([r for r in history if r["event"] != "arrived"] for history in histories)
     if found != known[: len(found)]:
-        raise UserError(
-            f"{target}/{run} has a history of its own: `{found[-1]['event']}` is the last of {len(found)} records",
-            "a run is moved to where it is not yet, or has not gone on",
-            "move it from there; or give that folder another name if what was done there may be left",
-        )
+        told = f"{target}/{run} has a history of its own: `{found[-1]['event']}` is the last of {len(found)} records"
+        repair = "move it from there; or give that folder another name if what was done there may be left"
+        raise UserError(told, "a run is moved to where it is not yet, or has not gone on", repair)
+    return histories[0]
 
 
 def _look_through(source: Place, run: str) -> Pack:
@@ -133,12 +120,9 @@ def _look_through(source: Place, run: str) -> Pack:
     known |= {checkpoint / name: entry["sha256"] for name, entry in read_manifest(checkpoint)["files"].items()}
     paths += sorted(checkpoint.iterdir(), key=lambda path: (path not in known, path.name))
     paths += sorted((run_dir / "eval").glob("*.json"))
-    files = {_name(source, p): File(p.stat().st_size, known.get(p) or file_sha256(p)) for p in paths}
-    return Pack(_name(source, checkpoint), _name(source, corpus), record["corpus_hash"], files)
-
-
-def _name(source: Place, path: Path) -> str:
-    return str(path.relative_to(f"{source.root}/"))
+    root = Path(source.root)
+    files = {str(p.relative_to(root)): File(p.stat().st_size, known.get(p) or file_sha256(p)) for p in paths}
+    return Pack(str(checkpoint.relative_to(root)), str(corpus.relative_to(root)), record["corpus_hash"], files)
 
 
 def _newest_whole(run_dir: Path) -> Path:
@@ -179,11 +163,10 @@ def _look_over_there(target: Place, run: str, pack: Pack, desk: Path) -> tuple[P
         (desk / MANIFEST).write_bytes(content)
         manifest = Manifest.load(desk)
         if manifest.corpus_hash != pack.corpus_hash:
-            raise UserError(
-                f"{target}/{pack.corpus} has hash {manifest.corpus_hash[:16]}…, the run's is {pack.corpus_hash[:16]}…",
-                "a run goes on with the tokens and the tokenizer it began with",
-                "give that folder another name, or move to another scratch folder",
-            )
+            hashes = f"hash {manifest.corpus_hash[:16]}…, the run's is {pack.corpus_hash[:16]}…"
+            rule = "a run goes on with the tokens and the tokenizer it began with"
+            repair = "give that folder another name, or move to another scratch folder"
+            raise UserError(f"{target}/{pack.corpus} has {hashes}", rule, repair)
         # Prepared there or brought by another run, it is what its own manifest says; sidecars may differ from ours.
         theirs = {corpus + name: File(sizes.get(corpus + name, -1), h) for name, h in manifest.hashes.items()}
         ours = {name: file for name, file in pack.files.items() if theirs.get(name, file).sha256 == file.sha256}

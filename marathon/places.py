@@ -1,7 +1,6 @@
 """Folders on this machine or behind a URL, in which a file stands under its name only whole and as it should be.
 
-Credentials and keys come from where ssh and S3 keep them, and a URL is told without user and password. What a file
-system, a network or a server has against something is told in one message.
+Credentials and keys come from where ssh and S3 keep them, and a URL is told without user and password.
 """
 
 import errno
@@ -24,11 +23,10 @@ import yaml
 from configs.errors import UserError
 
 CHUNK_BYTES = 16 << 20
-ARRIVING = ".arriving-"
-"""Before the name of what is not yet whole."""
+ARRIVING = ".arriving-"  # before the name of what is not yet whole
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "ssh": "sshfs", "sftp": "sshfs"}
+# They cannot rename; an object is there once all of it has arrived.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
-"""They cannot rename; an object is there once all of it has arrived."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,9 @@ class Place:
         is_url = "://" in given
         scheme = given.partition("://")[0] if is_url else "file"
         if scheme not in fsspec.available_protocols() or (not is_url and ":" in given.partition("/")[0]):
-            raise UserError(
-                f"{scheme}:// is not known" if is_url else given,
-                "a place is a folder or a URL: s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows",
-                "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER",
-            )
+            found = f"{scheme}:// is not known" if is_url else given
+            rule = "a place is a folder or a URL: s3://BUCKET/…, sftp://HOST/… or another URL that fsspec knows"
+            raise UserError(found, rule, "sftp://HOST/FOLDER, s3://BUCKET/FOLDER, or ./FOLDER")
         package = PACKAGES.get(scheme)
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed", f"it speaks {scheme}://", f"pip install {package}")
@@ -137,12 +133,10 @@ class Place:
                     self.fs.makedirs(self.path(folder), exist_ok=True)
                 yield self.path(beside)
                 if (found := self._look_at(beside)) != file:
-                    raise UserError(
-                        f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…, "
-                        f"it has to have {file.n_bytes:,} and {file.sha256[:16]}…",
-                        "a file gets its name only when it is what was sent",
-                        "the same command again; if it says so again, the file is damaged where it comes from",
-                    )
+                    arrived = f"{self}/{name} arrived with {found.n_bytes:,} bytes and sha256 {found.sha256[:16]}…"
+                    told = f"{arrived}, it has to have {file.n_bytes:,} and {file.sha256[:16]}…"
+                    repair = "the same command again; if it says so again, the file is damaged where it comes from"
+                    raise UserError(told, "a file gets its name only when it is what was sent", repair)
                 if self.renames:
                     self.fs.mv(self.path(beside), self.path(name))
         except UserError:
@@ -169,19 +163,12 @@ class Place:
         except UserError:
             raise
         except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self}{'/' if name else ''}{name}: {said}", *_meaning(error)) from error
-
-
-def _meaning(error: BaseException) -> tuple[str, str]:
-    """Rule and repair for what a file system, a network or a server says."""
-    names: set[str] = set()
-    cause: BaseException | None = error
-    while cause is not None:
-        names |= {kind.__name__ for kind in type(cause).__mro__}
-        names.add(errno.errorcode.get(getattr(cause, "errno", None) or 0, ""))
-        cause = cause.__cause__ or cause.__context__
-    for entry in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")):
-        if names & set(entry["of"]):
-            return entry["rule"], entry["repair"]
-    return "a place answers, has space and lets you read and write", "see to that, then the same command goes on"
+            said, names = " ".join(str(error).split()) or type(error).__name__, set[str]()
+            cause: BaseException | None = error
+            while cause is not None:
+                names |= {kind.__name__ for kind in type(cause).__mro__}
+                names.add(errno.errorcode.get(getattr(cause, "errno", None) or 0, ""))
+                cause = cause.__cause__ or cause.__context__
+            known = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+            meant = next(entry for entry in known if names.intersection(entry["of"]))
+            raise UserError(f"{self}{'/' if name else ''}{name}: {said}", meant["rule"], meant["repair"]) from error

@@ -1,8 +1,7 @@
 """RUN/report.html: one page that shows a run to others, offline, from the files in its folder.
 
-Every number is a rendering of config.yaml, ledger.jsonl, metrics.jsonl or eval/*.json; a fact that they do not hold is
-shown as `GAP: reason`. The page has no script and fetches nothing, and its own policy forbids the browser any request.
-What it says stands in report.html.j2, which calls this file for what has to be reckoned; charts.svg.j2 draws.
+A fact that they do not hold is shown as `GAP: reason`. The page has no script, and its own policy forbids the browser
+any request. What it says stands in report.html.j2, which calls this file to reckon; charts.svg.j2 draws.
 """
 
 import math
@@ -26,8 +25,7 @@ from marathon.choices import run_names
 Record = dict[str, Any]
 Point = tuple[float, float]
 _HERE = Path(__file__).parent
-_STRETCHES = 300
-"""Of each stretch of a line its lowest and highest point are drawn: no spike is lost, no file grows large."""
+_STRETCHES = 300  # of each, the lowest and highest point of a line are drawn: no spike is lost, no file grows large
 
 
 def write_report(run_dir: Path) -> Path:
@@ -145,7 +143,6 @@ class RunFiles:
 
 
 def _config(path: Path) -> tuple[RunConfig | None, str]:
-    """The config, or the reason why there is none."""
     if not path.is_file():
         return None, "config.yaml is not there"
     try:

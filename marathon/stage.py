@@ -1,7 +1,6 @@
-"""The processes of a stage: started on this machine by `launch`, as srun or torchrun do on a cluster, and each of them.
+"""The processes of a stage, `python -m marathon.stage STAGE RUN`: each of them, and `launch`, which starts them here.
 
-Job scripts and the `marathon` command start a process in one way, `python -m marathon.stage STAGE RUN`, once in all or
-once a device, so a run is the same wherever it runs.
+Job scripts start them in the same way, once in all or once a device, so a run is the same wherever it runs.
 """
 
 import ctypes
@@ -28,9 +27,7 @@ from ledger.record import Ledger
 from marathon.choices import commands
 from marathon.stages import CHECKPOINTS, inputs_of, is_done, mark_done, note_start, prepared_corpus
 
-GRACE_S = 15
-"""Time for the other processes to end by themselves once one has failed, and again after being asked."""
-Process = subprocess.Popen[bytes]
+GRACE_S = 15  # for the other processes to end by themselves once one has failed, and again after being asked
 DISK_TROUBLE = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room in your quota (lfs quota, saldo, lumi-workspaces)",
@@ -42,8 +39,7 @@ DISK_TROUBLE = {
 def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     """Runs a stage to its end, unless it is complete, and returns its exit status: the first that is not 0.
 
-    Rank 0 speaks on this terminal; the others write to RUN/logs, and what one of them said last is shown
-    when it fails. SIGINT and SIGTERM are passed on, and the stage is waited for.
+    Rank 0 speaks on this terminal; the others write to RUN/logs, whose end is shown when they fail.
     """
     if is_done(stage, inputs_of(stage, cfg, run_dir), run_dir):
         print(f"{stage}: complete, skipped")
@@ -51,12 +47,25 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     n_processes = cfg.cluster.devices_per_node if stage in ("train", "eval") else 1
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     logs = [run_dir / "logs" / f"{stage}-rank-{rank}.log" for rank in range(n_processes)]
-    command = [sys.executable, "-m", "marathon.stage", stage, str(run_dir)]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # a free one
-    told = {"WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes, "MASTER_PORT": port}
-    told |= {"OMP_NUM_THREADS": cfg.cluster.cpus_per_device, "PYTHONSAFEPATH": 1}
-    processes = [_start(command, {**told, "RANK": rank, "LOCAL_RANK": rank}, log) for rank, log in enumerate(logs)]
+    told = {"MASTER_PORT": port, "OMP_NUM_THREADS": cfg.cluster.cpus_per_device, "PYTHONSAFEPATH": 1}
+    told |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), n_processes)
+    processes = []
+    for rank, log in enumerate(logs):
+        variables = {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        with log.open("wb") if rank else nullcontext() as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "marathon.stage", stage, str(run_dir)],
+                env={**os.environ, "MASTER_ADDR": "127.0.0.1", **variables},
+                stdout=output,
+                stderr=output,
+                # The terminal's Ctrl-C goes to us alone; we pass it on once.
+                start_new_session=True,
+                # PR_SET_PDEATHSIG: where we are killed, our processes get SIGTERM, save, and do not go on unseen.
+                preexec_fn=partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM),
+            )
+        processes.append(process)
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in processes:
@@ -78,32 +87,16 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     return status
 
 
-def _start(command: list[str], told: dict[str, int], log: Path) -> Process:
-    variables = {name: str(value) for name, value in told.items()}
-    with nullcontext() if told["RANK"] == 0 else log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", **variables},
-            stdout=output,
-            stderr=output,
-            # The terminal's Ctrl-C goes to us alone; we pass it on once.
-            start_new_session=True,
-            # PR_SET_PDEATHSIG: where the command is killed, its processes get SIGTERM, save, and do not go on unseen.
-            preexec_fn=partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM),
-        )
-
-
-def _wait(processes: list[Process]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Waits for all; once one fails, the rest get a moment, then a signal, then are killed."""
-    deadline_s, harder = float("inf"), [Process.terminate, Process.kill]
+    deadline_s, harder = float("inf"), [signal.SIGTERM, signal.SIGKILL]
     while running := [process for process in processes if process.poll() is None]:
         if deadline_s == float("inf") and any(process.returncode for process in processes):
             deadline_s = time.monotonic() + GRACE_S
         if time.monotonic() > deadline_s and harder:
-            end = harder.pop(0)
             for process in running:
-                end(process)
-            deadline_s += GRACE_S
+                process.send_signal(harder[0])
+            harder, deadline_s = harder[1:], deadline_s + GRACE_S
         time.sleep(0.05)
     return next((process.returncode for process in processes if process.returncode), 0)
 
@@ -126,18 +119,21 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first and outputs is not None:
             mark_done(stage, inputs, run_dir, outputs)
         if is_first:
-            _write_report(run_dir)
+            from marathon.report import write_report
+
+            try:
+                write_report(run_dir)
+            except Exception:  # a rendering of the run: that it cannot be drawn must not fail what it is about
+                print(f"the report could not be written:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return EXIT_UNFINISHED if outputs is None else 0
     except UserError as error:
         mistake = error
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        mistake = UserError(
-            f"{error.filename or run_dir}: {error.strerror}",
-            f"a run writes under {run_dir}; what it has saved is whole",
-            DISK_TROUBLE[error.errno] + ", then start the same line again",
-        )
+        found = f"{error.filename or run_dir}: {error.strerror}"
+        rule = f"a run writes under {run_dir}; what it has saved is whole"
+        mistake = UserError(found, rule, DISK_TROUBLE[error.errno] + ", then start the same line again")
     # The first rank tells it whole; of the others a line each, since the error may be theirs alone.
     told = f"error in {stage}: {mistake}" if is_first else f"[rank {_rank()}] {mistake.found}"
     print(told, file=sys.stderr, flush=True)
@@ -194,16 +190,6 @@ def _tell_rank(run_dir: Path) -> None:
         "cores": sorted(os.sched_getaffinity(0)),
     }
     write_whole(run_dir / "logs" / f"rank-{facts['rank']}.json", json.dumps(facts) + "\n")
-
-
-def _write_report(run_dir: Path) -> None:
-    """The page is a rendering of the run: that it cannot be drawn must not fail what it is about."""
-    from marathon.report import write_report
-
-    try:
-        write_report(run_dir)
-    except Exception:
-        print(f"the report could not be written:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ _AFTER_DATA = (
 def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path]:
     """Composes the config and freezes it into the run's folder, which is made if the run may be new.
 
-    Raises `UserError` where the run has checkpoints and a setting that decides what they are has changed, or where it
-    is not there and may not be new.
+    Raises `UserError` where it may not, or has checkpoints and a setting that decides what they are has changed.
     """
     cfg, layout = choose(compose(overrides))
     folder = run_dir(cfg)
@@ -41,17 +40,20 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     if not is_new and not frozen.exists():
         there = ", ".join(run_names(folder.parent)) or "none"
         raise UserError(f"no run {cfg.name} in {folder.parent}; there: {there}", *_AFTER_DATA)
-    _make_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        found, rule = f"{folder} cannot be written: {error.strerror}", "what a run writes stands under cluster.scratch"
+        raise UserError(found, rule, "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…") from None
     changes = diff(load(frozen), cfg) if frozen.exists() else {}
     told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
     fixed = [line for key, line in told.items() if not is_free_to_change(key)]
     if fixed and any((folder / CHECKPOINTS).glob("step-*")):
         first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
-        raise UserError(
-            f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}",
-            "what decides weights and order of samples stays as the run began",
-            f"name={cfg.name}-2 for a new run, or leave them as they were",
-        )
+        found = f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}"
+        rule = "what decides weights and order of samples stays as the run began"
+        raise UserError(found, rule, f"name={cfg.name}-2 for a new run, or leave them as they were")
     hops = [r for r in Ledger(folder).read() if r["event"] in ("moved", "arrived", "train_start")]
     if hops and hops[-1]["event"] == "moved":  # and has not gone on here since
         print(f"warning: run {cfg.name} was moved to {hops[-1]['to']}; what is done here stays here", file=sys.stderr)
@@ -64,21 +66,9 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     if changes:
         print(*told.values(), sep="\n")
         facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}
-    event = "changed" if changes else "frozen"
-    Ledger(folder).append(event, **facts, software=host.software(), commit=host.commit())
+    facts |= {"software": host.software(), "commit": host.commit()}
+    Ledger(folder).append("changed" if changes else "frozen", **facts)
     return cfg, folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror}",
-            "everything a run writes stands under cluster.scratch",
-            "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…",
-        ) from None
 
 
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -116,12 +106,10 @@ def _inputs_of_data(cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
     if kept is None or kept["corpus_key"] == inputs["corpus_key"]:
         return inputs
     if changed := changed_inputs(cfg, Manifest.load(prepared_corpus(run_dir)["path"])):
-        raise UserError(
-            f"not as it was when {run_dir.name} began: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}",
-            "a run with checkpoints keeps the corpus that they were trained on",
-            "put back what was there, or name=… begins a new run; "
-            f"`marathon data remove run={run_dir.name} ids=… reason=…` takes documents out of this one",
-        )
+        found = f"not as it was when {run_dir.name} began: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}"
+        removal = f"`marathon data remove run={run_dir.name} ids=… reason=…` takes documents out of this one"
+        repair = f"put back what was there, or name=… begins a new run; {removal}"
+        raise UserError(found, "a run with checkpoints keeps the corpus that they were trained on", repair)
     return kept  # this version of Marathon would prepare the same anew
 
 
@@ -145,10 +133,7 @@ def mark_done(stage: str, inputs: dict[str, Any], run_dir: Path, outputs: list[P
 
 
 def prepared_corpus(run_dir: Path) -> dict[str, Any]:
-    """The ledger's newest `corpus` record: `path` on this machine, a `Path`, `corpus_hash` and what the corpus holds.
-
-    Raises `UserError` where the data stage has yet to run.
-    """
+    """The newest `corpus` record, its `path` a `Path` of this machine; `UserError` where `data` has yet to run."""
     if record := Ledger(run_dir).last("corpus"):
         # It names the folder of the machine that prepared it; the corpus stands under the run's own scratch folder.
         path = Path(os.path.abspath(run_dir)).parents[1] / "corpora" / Path(record["path"]).name
@@ -160,8 +145,8 @@ def prepared_corpus(run_dir: Path) -> dict[str, Any]:
 def note_start(stage: str, run_dir: Path) -> None:
     """Records that a stage starts, and how far the run had come.
 
-    Raises `UserError` in a job where the last starts had all come as far as this one finds it: it would burn
-    node-hours. The refusal is recorded, so that whoever mended the cause simply submits again.
+    Raises `UserError` in a job where the last starts came no further: it would burn node-hours. The refusal is
+    recorded, so that whoever mended the cause simply submits again.
     """
     ledger, reached, fruitless = Ledger(run_dir), _reached(stage, run_dir), 0
     for record in ledger.read():
@@ -172,16 +157,13 @@ def note_start(stage: str, run_dir: Path) -> None:
     # At a terminal, a person decides how often to try.
     if fruitless >= MAX_STARTS_WITHOUT_PROGRESS and job:
         ledger.append("refused", stage=stage, reached=reached, starts=fruitless)
-        raise UserError(
-            f"{fruitless} starts of `{stage}` in a row have come no further than {reached}",
-            "a job that makes no progress is not started again",
-            f"read the end of the log and {run_dir / 'logs'}, mend the cause, submit again: this is said once",
-        )
+        found = f"{fruitless} starts of `{stage}` in a row have come no further than {reached}"
+        repair = f"read the end of the log and {run_dir / 'logs'}, mend the cause, submit again: this is said once"
+        raise UserError(found, "a job that makes no progress is not started again", repair)
     ledger.append("start", stage=stage, reached=reached, job=job)
 
 
 def _reached(stage: str, run_dir: Path) -> str:
-    """How far the stage has come, in words that change with progress."""
     if stage == "train":
         # After a spike a run may save for a while below the furthest step.
         saved = max((path.name for path in (run_dir / CHECKPOINTS).glob("step-*")), default="nothing")

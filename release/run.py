@@ -57,10 +57,9 @@ def release(cfg: RunConfig, run_dir: Path, corpus_dir: Path) -> None:
 
 
 def export_folder(decoder: Decoder, cfg: RunConfig, corpus_dir: Path, folder: Path) -> None:
-    """Fills an empty folder with weights, in the decoder's dtype, configs and tokenizer.
+    """Fills a folder with what transformers, vLLM, SGLang and llama.cpp read; weights are in the decoder's dtype.
 
-    It is what transformers, vLLM, SGLang and llama.cpp's converter read. config.json is written by us and not by
-    `save_pretrained`, which leaves out what transformers 4 reads.
+    config.json is written by us and not by `save_pretrained`, which leaves out what transformers 4 reads.
     """
     tokenizer = Manifest.load(corpus_dir).tokenizer
     save_torch_state_dict(to_their_state(decoder.state_dict()), folder, max_shard_size="5GB", metadata={"format": "pt"})

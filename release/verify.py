@@ -1,8 +1,7 @@
 """Checks a release folder the way a stranger would load it: in a fresh process, with transformers alone.
 
-`python -m release.verify FOLDER EXPECTED` compares, for every prompt in EXPECTED (written by `expect`), token
-ids, logits and a greedy continuation with ours. Comparing names and shapes is not enough: files that
-passed such checks have been released with wrong logits.
+`python -m release.verify FOLDER EXPECTED` compares ids, logits and a greedy continuation with those of `expect`: files
+that passed checks of names and shapes have been released with wrong logits.
 """
 
 import itertools
@@ -18,17 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from model.decoder import Decoder
 
-MAX_LOGIT_DIFFERENCE = 1e-4
-"""In fp32, on the largest absolute difference of any logit."""
+MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32, of any logit
 PROMPT_TOKENS, GREEDY_FROM_TOKENS, GREEDY_TOKENS = 256, 32, 16
 """Logits are compared on so many tokens of each prompt, and continuations from its beginning."""
 
 
 def expect(decoder: Decoder, prompts: Sequence[tuple[str, list[int]]], seq_len: int, folder: Path) -> None:
-    """Writes ids, logits and greedy continuations of `prompts`, texts with their ids, bos included, by our own decoder.
+    """Writes ids, logits and greedy continuations of `prompts`, texts with their ids, by our own decoder in fp32.
 
-    The decoder is in fp32, with the weights as exported. One more prompt fills the whole context, `seq_len`, with all
-    texts in a row: errors of RoPE grow with the position.
+    One more prompt fills the whole context, `seq_len`, with all texts in a row: errors of RoPE grow with the position.
     """
     tensors, told = {}, []
     for i, (text, ids) in enumerate(prompts):

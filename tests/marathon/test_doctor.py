@@ -118,7 +118,7 @@ def test_known_bad_pairs(
     install(tmp_path, "deepspeed", deepspeed)
     install(tmp_path, "torch", torch_version)
     monkeypatch.syspath_prepend(tmp_path)
-    status, found, _ = doctor.check_known_bad()
+    status, found, _ = doctor.check_known_bad_versions()
     assert (status, harm in found) == ("fail" if harm else "pass", True)
 
 
@@ -249,11 +249,11 @@ def test_interfaces(
         (tmp_path / name).mkdir()
     if given is not None:
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
-    assert doctor.check_interfaces(lumi, tmp_path)[0] == status
+    assert doctor.check_network_interface(lumi, tmp_path)[0] == status
 
 
 def test_interfaces_do_not_matter_on_one_node(smoke: RunConfig) -> None:
-    assert doctor.check_interfaces(smoke)[1] == "not applicable: one node"
+    assert doctor.check_network_interface(smoke)[1] == "not applicable: one node"
 
 
 def test_scratch(tmp_path: Path) -> None:
