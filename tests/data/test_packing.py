@@ -15,7 +15,7 @@ from data.loader import Samples
 from data.manifest import Manifest
 from data.order import CYCLE, Phase
 from data.packing import build_packing, open_packing, pack, packing_path, record_packing
-from model.decoder import IGNORED, next_token_labels
+from model.loss import IGNORED, next_token_labels
 from tests.data.corpora import EOS, PAD, Ids, write_corpus, write_shard
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=120)

@@ -23,7 +23,7 @@ from data.packing import build_packing, record_packing
 from data.pipeline import prepare
 from data.removal import remove_documents
 from data.shards import Shard, read_sidecar
-from model.decoder import IGNORED, next_token_labels
+from model.loss import IGNORED, next_token_labels
 from tests.data.corpora import BOS, EOS, Ids, write_corpus
 
 SEQ_LEN, SEED = 32, 3
