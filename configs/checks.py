@@ -51,11 +51,9 @@ def _broken_rules(cfg: RunConfig) -> Iterator[UserError]:
     licences = {source.licence for source in sources}
     unknown = [licence for licence in cfg.corpus.dedup.licence_order if licence not in licences]
     if unknown and not any(source.licence_field for source in sources):
-        yield UserError(
-            f"corpus.dedup.licence_order has {', '.join(unknown)}, the sources have {', '.join(sorted(licences))}",
-            "an order of licences names those of the sources, or of their documents where they have a licence_field",
-            "licence_order with the licences of the sources as they are spelled there",
-        )
+        found = f"corpus.dedup.licence_order has {', '.join(unknown)}, the sources have {', '.join(sorted(licences))}"
+        rule = "an order of licences names those of the sources, or of their documents where they have a licence_field"
+        yield UserError(found, rule, "licence_order with the licences of the sources as they are spelled there")
 
     if cfg.engine.precision is Precision.fp32 and cfg.engine.comm_precision is Precision.bf16:
         found = "engine.precision = fp32 with engine.comm_precision = bf16"

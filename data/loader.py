@@ -26,16 +26,12 @@ from data.shards import Shard, document_ids
 class Batch(TypedDict):
     """Samples of one micro step on one rank; B sequences of T + 1 tokens, inputs and targets overlapping."""
 
-    tokens: Tensor
-    """int64 [B, T + 1]."""
+    tokens: Tensor  # int64 [B, T + 1]
     doc: Tensor
     """int32 [B, T + 1]: number of the document within the sample, from 0; of padding, each token has its own."""
-    position: Tensor
-    """int64 [B]: place in the order of the run."""
-    sample_id: Tensor
-    """int64 [B]."""
-    part: Tensor
-    """int64 [B]: index into `Samples.parts`."""
+    position: Tensor  # int64 [B]: place in the order of the run
+    sample_id: Tensor  # int64 [B]
+    part: Tensor  # int64 [B]: index into `Samples.parts`
 
 
 class DocumentName(NamedTuple):
@@ -46,10 +42,8 @@ class DocumentName(NamedTuple):
     id: str
 
 
-STEPS_AHEAD = 2
-"""Steps that are read before they are asked for: one in reserve for a file system that hiccups."""
-Piece = tuple[int, int, int]
-"""A stretch of a sequence: shard of the part, first token within the shard, and end."""
+STEPS_AHEAD = 2  # steps that are read before they are asked for: one in reserve for a file system that hiccups
+Piece = tuple[int, int, int]  # a stretch of a sequence: shard of the part, first token within the shard, and end
 
 
 class Concatenated:

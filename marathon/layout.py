@@ -43,11 +43,9 @@ def choose(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
             if needed_gib <= usable_gib:
                 return chosen, [f"layout        {told.pop()}", *(f"  too much: {line}" for line in told)]
         seqs //= 2
-    raise UserError(
-        "no layout fits; the least of them:\n    " + told[-1],
-        f"{cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB a device; {USABLE_SHARE:.0%} may be planned",
-        "more nodes; or engine.tensor_parallel=2, 4 or 8, within a node",
-    )
+    found = "no layout fits; the least of them:\n    " + told[-1]
+    rule = f"{cfg.cluster.name} has {cfg.cluster.device_memory_gib:g} GiB a device; {USABLE_SHARE:.0%} may be planned"
+    raise UserError(found, rule, "more nodes; or engine.tensor_parallel=2, 4 or 8, within a node")
 
 
 def _candidates(cfg: RunConfig) -> Iterator[EngineConfig]:

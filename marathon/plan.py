@@ -16,8 +16,7 @@ from train.optim import state_bytes
 from train.retention import checkpoint_bytes, checkpoints_on_disk
 from train.schedule import step_shape
 
-ASSUMED_MFU = 0.35
-"""For the estimate of time only; published runs on these machines reach 0.25 to 0.6."""
+ASSUMED_MFU = 0.35  # for the estimate of time only; published runs on these machines reach 0.25 to 0.6
 USABLE_SHARE = 0.85
 """Of a device's memory; the rest is for libraries, communication, and gaps that the allocator leaves."""
 

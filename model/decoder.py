@@ -92,8 +92,7 @@ class MLP(nn.Module):
         return out
 
 
-WHOLE = slice(None)
-"""All positions of a sequence."""
+WHOLE = slice(None)  # all positions of a sequence
 KEPT = {
     Recompute.selective: [
         torch.ops.aten.mm.default,

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from model.linear import product
 
-IGNORED = -100
-"""Label of a position that is not to be predicted."""
+IGNORED = -100  # label of a position that is not to be predicted
 CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits of a chunk by kind of device: 256 MiB in fp32, 512 positions with a vocabulary of 131,072; and 1 GiB. A chunk
 reads and writes the gradient of the output matrix, 8 bytes for each number, and takes 6 operations a position for it:
 with C positions, 4 F / (3 C B) of its time at F operations and B bytes a second. 2,048 make it a tenth on an A100."""
-ROWS = 1 << 14
-"""Of the output matrix, whose gradient is added up at a time: the product stays in the caches of a CPU."""
+ROWS = 1 << 14  # of the output matrix's gradient that are added up at a time: they stay in the caches of a CPU
 
 
 def next_token_labels(tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
@@ -52,10 +50,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        sums, chunk = (
-            torch.zeros(2, device=hidden_PD.device),
-            max(CHUNK_LOGITS[hidden_PD.device.type] // len(weight_VD), 1),
-        )
+        sums = torch.zeros(2, device=hidden_PD.device)
+        chunk = max(CHUNK_LOGITS[hidden_PD.device.type] // len(weight_VD), 1)
         grad_hidden_PD = torch.empty_like(hidden_PD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         parts = (torch.split(whole, chunk) for whole in (hidden_PD, labels_P, grad_hidden_PD))

@@ -179,8 +179,5 @@ def _read(path: Path, content_of: Callable[[Path], Any]) -> Any:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} {what}",
-        "a checkpoint is used only whole and unchanged",
-        "remove this checkpoint's folder; the run goes on from the one before it",
-    )
+    found, rule = f"{path} {what}", "a checkpoint is used only whole and unchanged"
+    return UserError(found, rule, "remove this checkpoint's folder; the run goes on from the one before it")

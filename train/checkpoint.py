@@ -35,20 +35,16 @@ from train.progress import Progress
 from train.retention import remove, remove_old
 
 FORMAT = 3
-WAIT_FOR_ENTRIES_S = 60
-"""For the small files of other nodes to be seen here: network file systems may show them late."""
-PAUSES_S = (1.0, 5.0)
-"""Between attempts to write a file; a file system that hiccups is given so many more chances."""
+WAIT_FOR_ENTRIES_S = 60  # for the small files of other nodes to be seen here: network file systems may show them late
+PAUSES_S = (1.0, 5.0)  # between attempts to write a file; a file system that hiccups is given so many more chances
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 class Snapshot(NamedTuple):
     """What one rank writes: copies on the host, which the training does not touch."""
 
-    tensors: dict[str, Tensor]
-    """By key, in the order of the file; contiguous, on the CPU."""
-    fragments: list[tuple[str, int, int]]
-    """Name, first index and length of each fragment."""
+    tensors: dict[str, Tensor]  # by key, in the order of the file; contiguous, on the CPU
+    fragments: list[tuple[str, int, int]]  # name, first index and length of each fragment
 
 
 class Staging:
@@ -165,11 +161,10 @@ class Saver:
 
         def refuse() -> None:
             if failure:
-                raise UserError(
-                    f"a checkpoint cannot be written: {failure}",
-                    "a run ends only with its last state on disk; the checkpoints before it are whole",
-                    f"make room, or mend the file system, at {self.run_dir / 'checkpoints'}, then start again",
-                )
+                found = f"a checkpoint cannot be written: {failure}"
+                rule = "a run ends only with its last state on disk; the checkpoints before it are whole"
+                repair = f"make room, or mend the file system, at {self.run_dir / 'checkpoints'}, then start again"
+                raise UserError(found, rule, repair)
 
         self.rank.together(refuse)
 
@@ -284,19 +279,16 @@ def require_identity(checkpoint: Path, identity: dict[str, Any], earlier_corpora
     """Raises `UserError` where a run is another than the checkpoint's; its corpus may have lost documents since."""
     manifest = read_manifest(checkpoint)
     if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{checkpoint.name} has format {manifest.get('format')}",
-            f"this version of Marathon reads format {FORMAT}",
-            "go on with the version that wrote it, which the ledger names, or begin a new run with name=…",
-        )
+        found = f"{checkpoint.name} has format {manifest.get('format')}"
+        rule = f"this version of Marathon reads format {FORMAT}"
+        repair = "go on with the version that wrote it, which the ledger names, or begin a new run with name=…"
+        raise UserError(found, rule, repair)
     for key, now in identity.items():
         then = manifest[key]
         if then != now and not (key == "corpus_hash" and then in earlier_corpora):
-            raise UserError(
-                f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}",
-                "a run keeps corpus, tokenizer, sequence length and seed: they make its order of samples",
-                "name=… begins a new run; or put back what has changed since",
-            )
+            found = f"{key} is {now}, the checkpoint {checkpoint.name} was trained with {then}"
+            rule = "a run keeps corpus, tokenizer, sequence length and seed: they make its order of samples"
+            raise UserError(found, rule, "name=… begins a new run; or put back what has changed since")
 
 
 def restore(checkpoint: Path, engine: Engine, rank: Rank, seed: int) -> Progress:

@@ -16,8 +16,7 @@ from configs.errors import EXIT_MISTAKE, UserError
 from configs.schema import RunConfig
 
 Fact = TypeVar("Fact")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,8 @@ class Rank:
     rank: int
     world_size: int
     device: torch.device
-    host: str = ""
-    """Its node."""
-    group_size: int = 1
-    """Neighbours in the order of ranks that work on the same sequences."""
+    host: str = ""  # its node
+    group_size: int = 1  # neighbours in the order of ranks that work on the same sequences
 
     @property
     def is_first(self) -> bool:
@@ -105,12 +102,10 @@ def join(cfg: RunConfig) -> Rank:
     world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if world_size != cfg.cluster.world_size:
-        raise UserError(
-            f"{world_size} processes for cluster.nodes = {cfg.cluster.nodes} x "
-            f"cluster.devices_per_node = {cfg.cluster.devices_per_node}",
-            "one process a device; the batch of each is derived from their number",
-            f"start {cfg.cluster.world_size} processes, or override cluster.nodes and cluster.devices_per_node",
-        )
+        shape = f"cluster.nodes = {cfg.cluster.nodes} x cluster.devices_per_node = {cfg.cluster.devices_per_node}"
+        rule = "one process a device; the batch of each is derived from their number"
+        repair = f"start {cfg.cluster.world_size} processes, or override cluster.nodes and cluster.devices_per_node"
+        raise UserError(f"{world_size} processes for {shape}", rule, repair)
     torch.set_num_threads(cfg.cluster.cpus_per_device)
     on_cpu = cfg.cluster.device is Device.cpu
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)

@@ -16,19 +16,13 @@ from types import FrameType
 from configs.errors import UserError
 from configs.schema import FaultConfig
 
-JOB_ENDS_AT = "MARATHON_JOB_ENDS_AT"
-"""Seconds since the epoch at which the machine ends this job; job scripts set it."""
-MARGIN_S = 30.0
-"""Kept free at the end of a job, besides twice the slowest step, validation and checkpoint so far."""
+JOB_ENDS_AT = "MARATHON_JOB_ENDS_AT"  # seconds since the epoch at which the machine ends this job; job scripts set it
+MARGIN_S = 30.0  # kept free at the end of a job, besides twice the slowest step, validation and checkpoint so far
 LOCK = "train.lock"
-LOCK_WAIT_S = 60.0
-"""How long a start waits for the processes of the one before to be gone."""
-EXIT_HUNG = 76
-"""Any status but those that the job script knows: the job starts again."""
-GRACE_S = 5.0
-"""Between writing stacks and ending, so that the first to end does not take the others' words away."""
-LOOK_EVERY_S = 1.0
-"""A fraction of the grace: ranks look at different moments."""
+LOCK_WAIT_S = 60.0  # how long a start waits for the processes of the one before to be gone
+EXIT_HUNG = 76  # any status but those that the job script knows: the job starts again
+GRACE_S = 5.0  # between writing stacks and ending, so that the first to end does not take the others' words away
+LOOK_EVERY_S = 1.0  # a fraction of the grace: ranks look at different moments
 
 
 class StopSignals:
@@ -112,11 +106,9 @@ class RunLock:
             print(f"another process trains this run: waiting up to {LOCK_WAIT_S:.0f} s for its end", flush=True)
         while not self._takes():
             if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{run_dir} is being trained by another process",
-                    "one job at a time trains a run, with the settings it was started with",
-                    "wait for it or end it: squeue --me, or the other terminal",
-                )
+                found = f"{run_dir} is being trained by another process"
+                rule = "one job at a time trains a run, with the settings it was started with"
+                raise UserError(found, rule, "wait for it or end it: squeue --me, or the other terminal")
             time.sleep(0.5)
 
     def _takes(self) -> bool:
@@ -140,12 +132,10 @@ def refuse_bad_numbers(skipped_steps: Sequence[int], step: int, limit: int) -> N
     while in_a_row < len(skipped_steps) and skipped_steps[-1 - in_a_row] == step - in_a_row:
         in_a_row += 1
     if in_a_row > limit:
-        raise UserError(
-            f"gradients were not finite in {in_a_row} steps in a row, up to step {step}",
-            f"faults.max_skipped_in_a_row = {limit}",
-            "lower optim.lr or optim.grad_clip, or lengthen schedule.warmup_steps, under a new name=…; "
-            "the checkpoints before these steps are sound",
-        )
+        found = f"gradients were not finite in {in_a_row} steps in a row, up to step {step}"
+        repair = "a lower optim.lr or optim.grad_clip, or more schedule.warmup_steps, under a new name=…"
+        repair += "; the checkpoints before these steps are sound"
+        raise UserError(found, f"faults.max_skipped_in_a_row = {limit}", repair)
 
 
 def is_spike(loss: float, losses: Sequence[float], cfg: FaultConfig) -> bool:

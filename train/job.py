@@ -114,11 +114,9 @@ class Job:
             if found is not None:
                 require_identity(found, identity, earlier_corpora)
             elif complaints:
-                raise UserError(
-                    f"none of {len(complaints)} checkpoints in {self.run_dir / 'checkpoints'} is whole",
-                    "a run does not begin again over what may be saved yet",
-                    "bring one back, from a copy or an earlier `marathon move`; or move the folder away to begin again",
-                )
+                lost = f"none of {len(complaints)} checkpoints in {self.run_dir / 'checkpoints'} is whole"
+                repair = "bring one back, from a copy or `marathon move`; or move the folder away to begin again"
+                raise UserError(lost, "a run does not begin again over what may be saved yet", repair)
 
         self.rank.first_does(judge)
         return found
@@ -139,10 +137,9 @@ class Job:
             raise UserError(found, "train.begin_from takes weights as they are", "the model of that run")
         step, tokens = progress["step"], progress["tokens"]
         if (here := train.first_sample(step) * train.seq_len) != tokens:
-            raise UserError(
-                f"{step} steps of this run take {here} tokens, those of {source} took {tokens}",
-                "what is done keeps its size of a step, and the order of samples goes on behind it",
-                f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}",
-            )
+            found = f"{step} steps of this run take {here} tokens, those of {source} took {tokens}"
+            rule = "what is done keeps its size of a step, and the order of samples goes on behind it"
+            repair = f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}"
+            raise UserError(found, rule, repair)
         self.ledger.append("begun_from", path=str(source), sha256=checkpoint_sha256(source), step=step, tokens=tokens)
         adopt(source, self.run_dir)

@@ -244,18 +244,14 @@ def _rewind(job: Job) -> None:
     old, faults = job.progress, job.cfg.faults
     *before, loss = old.losses
     if old.rewinds >= faults.max_rewinds:
-        raise UserError(
-            f"loss {loss:.3f} at step {old.step} after {old.rewinds} rewinds",
-            f"faults.max_rewinds = {faults.max_rewinds}",
-            "the ledger names the documents of each; lower optim.lr under a new name=…, or raise the limit",
-        )
+        found = f"loss {loss:.3f} at step {old.step} after {old.rewinds} rewinds"
+        rule = f"faults.max_rewinds = {faults.max_rewinds}"
+        repair = "the ledger names the documents of each; lower optim.lr under a new name=…, or raise the limit"
+        raise UserError(found, rule, repair)
     target, complaints = newest_usable(job.run_dir, job.rank)
     if target is None:
-        raise UserError(
-            f"loss {loss:.3f} at step {old.step} and no checkpoint to go back to: {complaints}",
-            "a spike is answered by going back",
-            "faults.spike_window_steps=0 switches this off",
-        )
+        found = f"loss {loss:.3f} at step {old.step} and no checkpoint to go back to: {complaints}"
+        raise UserError(found, "a spike is answered by going back", "faults.spike_window_steps=0 switches this off")
     restored = restore(target, job.engine, job.rank, job.cfg.seed)
     first_step = max(old.step - faults.spike_skip_steps, restored.step)
     first, last = _positions(job, first_step, old)

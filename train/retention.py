@@ -37,11 +37,9 @@ def checkpoints_on_disk(train: TrainConfig, from_step: int = 0, present: Sequenc
 def require_space(run_dir: Path, cfg: RunConfig, vocab_rows: int, from_step: int) -> None:
     """Raises `UserError` where a run is past its end, or the disk cannot hold what is to come; quotas are not seen."""
     if from_step > cfg.train.steps:
-        raise UserError(
-            f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {from_step}",
-            "a run may be made longer, or end where it stands",
-            f"train.tokens={cfg.train.first_sample(from_step) * cfg.train.seq_len} or more",
-        )
+        found = f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {from_step}"
+        rule = "a run may be made longer, or end where it stands"
+        raise UserError(found, rule, f"train.tokens={cfg.train.first_sample(from_step) * cfg.train.seq_len} or more")
     train, each, free = cfg.train, checkpoint_bytes(cfg, vocab_rows), shutil.disk_usage(run_dir).free
     present = list(_by_step(run_dir))
 
@@ -50,11 +48,9 @@ def require_space(run_dir: Path, cfg: RunConfig, vocab_rows: int, from_step: int
 
     if (needed := to_come(train.keep_checkpoints)) * each > free:
         fitting = [f"train.keep_checkpoints={keep}, " for keep in range(1, 10) if to_come(keep) * each <= free]
-        raise UserError(
-            f"{needed} checkpoints of {each / 2**30:,.2f} GiB are to come, {run_dir} has {free / 2**30:,.2f} GiB free",
-            "the disk has to hold them before the first step",
-            "".join(fitting[-1:]) + "a larger train.save_every_steps or train.keep_every_steps, or more room",
-        )
+        sizes = f"of {each / 2**30:,.2f} GiB are to come, {run_dir} has {free / 2**30:,.2f} GiB free"
+        repair = "".join(fitting[-1:]) + "a larger train.save_every_steps or train.keep_every_steps, or more room"
+        raise UserError(f"{needed} checkpoints {sizes}", "the disk has to hold them before the first step", repair)
 
 
 def remove_old(run_dir: Path, newest: int, keep: int, keep_every_steps: int) -> None:

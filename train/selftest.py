@@ -69,13 +69,11 @@ def self_test(cfg: RunConfig, run_dir: Path, engine: Engine, rank: Rank, vocab_r
         wrong = sorted((name for name in errors if not errors[name] <= tolerance), key=lambda name: -errors[name])
         ledger.append("self_test", layout=layout, passed=not wrong, error=worst, tolerance=tolerance)
         if wrong:
-            raise UserError(
-                f"the engine's gradients are off in {len(wrong)} of {len(errors)} parameters: "
-                + ", ".join(f"{name} by {errors[name]:.2g}" for name in wrong[:4]),
-                f"at most {tolerance:g} from those of one process in fp32",
-                "another version of DeepSpeed or torch, another engine.zero_stage, or engine.compile=false; "
-                "train.self_test=false trains all the same",
-            )
+            told = ", ".join(f"{name} by {errors[name]:.2g}" for name in wrong[:4])
+            found = f"the engine's gradients are off in {len(wrong)} of {len(errors)} parameters: {told}"
+            others = "another version of DeepSpeed or torch, another engine.zero_stage, or engine.compile=false"
+            rule = f"at most {tolerance:g} from those of one process in fp32"
+            raise UserError(found, rule, f"{others}; train.self_test=false trains all the same")
         print(f"self-test: gradients agree with one process in fp32 to {worst:.1e}", flush=True)
 
     rank.first_does(tell)
