@@ -20,7 +20,7 @@ CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits of a chunk by kind of device: 256 MiB in fp32, 512 positions with a vocabulary of 131,072; and 1 GiB. A chunk
 reads and writes the gradient of the output matrix, 8 bytes for each number, and takes 6 operations a position for it:
 with C positions, 4 F / (3 C B) of its time at F operations and B bytes a second. 2,048 make it a tenth on an A100."""
-ROWS = 1 << 14  # of the output matrix's gradient that are added up at a time: they stay in the caches of a CPU
+ROWS = 1 << 12  # of the output matrix's gradient that are added up at a time: they stay in the caches of a CPU
 
 
 def next_token_labels(tokens_BT1: Tensor, doc_BT1: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _chunk(
     slope_CV.scatter_add_(1, label_C1, torch.full_like(logit_C1, -1.0))
     slope_CV = slope_CV.to(hidden_CD.dtype)
     torch.mul(product(slope_CV, weight_VD.T), counts_C1, out=grad_CD)
-    counted_DC = (hidden_CD * counts_C1).T
+    counted_CD = hidden_CD * counts_C1
     for slope_CR, grad_RD in zip(torch.split(slope_CV, ROWS, 1), torch.split(grad_weight_VD, ROWS), strict=True):
-        grad_RD += product(counted_DC, slope_CR.T).T
+        grad_RD += slope_CR.T @ counted_CD
     return torch.stack((nats, log_sum_C1.square().sum()))

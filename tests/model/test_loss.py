@@ -1,5 +1,10 @@
 """The loss by chunks against PyTorch's own on all logits at once."""
 
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,3 +74,31 @@ def test_the_first_token_of_a_document_is_not_predicted(tiny_model):
     log_p = decoder(tokens[:, :-1], doc[:, :-1]).log_softmax(-1)[0]
     expected = -(log_p[0, 6] + log_p[2, 8])
     assert torch.allclose(summed_cross_entropy(hidden, decoder.output_weight, labels)[1], expected, atol=1e-4)
+
+
+def peak_bytes(dtype, n_positions, vocabulary, width):
+    """What the loss and its gradients take at the most, as the system counts it: resident memory of this process."""
+    for positions, rows in ((8, 64), (n_positions, vocabulary)):  # the first loads libraries
+        hidden = torch.randn(1, positions, width).to(dtype).requires_grad_()
+        weight = (0.02 * torch.randn(rows, width)).to(dtype).requires_grad_()
+        labels = torch.randint(rows, (1, positions))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident_bytes("VmRSS")
+        summed_cross_entropy(hidden, weight, labels)[0].backward()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name):
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_takes_memory_for_a_chunk_and_the_gradients(dtype):
+    positions, vocabulary, width = 4096, 262_144, 64
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        found = fresh.submit(peak_bytes, dtype, positions, vocabulary, width).result()
+    # Logits of a chunk in fp32, in bf16 also as a factor of the next products; gradients of matrix and hidden states.
+    chunk = loss.CHUNK_LOGITS["cpu"] * (4 if dtype is torch.float32 else 4 + 2)
+    needed = chunk + 4 * vocabulary * width + dtype.itemsize * positions * width
+    assert 0.8 * needed < found < 1.2 * needed
+    assert found < 4 * positions * vocabulary / 8
