@@ -10,9 +10,10 @@ In turns, a step each, in processes of their own that wait for each other, after
   compiled       transformers' Qwen3ForCausalLM under torch.compile, in a plain loop with the same AdamW
   trainer        the same in transformers' Trainer, as it is
 
-All train in fp32 on the same tokens with as many threads as there are cores. The peers do not keep documents apart, so
-they attend over whole sequences; FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal half). MFU
-is against the best of some products of two 1024 x 1024 matrices, taken again in each turn; medians over turns.
+All train in fp32 on the same tokens with as many threads as there are cores. Ours have what they train with: products
+of oneDNN, and memory that glibc keeps (train/dist.py); the peers are as people run them, and do not keep documents
+apart, so they attend over whole sequences. FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal
+half). MFU is against the best of eight products of 1024 x 1024 matrices, taken again in each turn; medians over turns.
 On a GPU (`--device cuda`): bf16, `--sizes 1B --lengths 4096 --vocabularies 131072 --micro-batch 4`.
 """
 

@@ -313,7 +313,7 @@ class ClusterConfig(Section, prefix="cluster"):
     """Where that number comes from."""
     peak_tflops_derived: float = 0.0
     """A second peak, reckoned where the vendor states none for this very device: metrics then have both MFUs."""
-    pue: float = 0.0
+    pue: Annotated[float, Rule(lambda pue: pue == 0 or pue >= 1, "a facility draws no less than its nodes", "1.1")] = 0
     """Energy of the facility over that of its nodes; 0: not known."""
     pue_source: str = ""
     """Where that number comes from; without it the energy of the facility is a GAP."""

@@ -45,8 +45,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed imports its Muon whatever the optimizer is, and that compiles three functions: a second of each start.
 with unittest.mock.patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda function: function):
     import deepspeed.runtime.zero.muon.original_muon
-# Said once a rank by PyTorch about a call of DeepSpeed's.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+# Said once a rank by PyTorch about calls of DeepSpeed's.
+warnings.filterwarnings("ignore", message=".*_tensor. is deprecated", category=FutureWarning)
 
 COLLECTIVES = (
     "all_reduce", "inference_all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
