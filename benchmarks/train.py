@@ -2,7 +2,8 @@
 
     python benchmarks/train.py [--sizes 10M 50M] [--lengths 512 2048] [--vocabularies 16384 131072] [--repeats 7]
 
-In turns, a step each, in processes of their own that wait for each other, after two steps to warm up:
+In turns, in processes of their own that wait for each other; of three steps in a turn the last two count, since the
+first finds code and data that the others have driven out of caches and memory:
 
   marathon       our decoder, loss and engine: DeepSpeed with ZeRO-1 in one process, blocks compiled
   bare           the same without DeepSpeed: a loop with torch's AdamW, to see what the engine costs
@@ -13,7 +14,7 @@ In turns, a step each, in processes of their own that wait for each other, after
 All train in fp32 on the same tokens with as many threads as there are cores. Ours have what they train with: products
 of oneDNN, and memory that glibc keeps (train/dist.py); the peers are as people run them, and do not keep documents
 apart, so they attend over whole sequences. FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal
-half). MFU is against the best of eight products of 1024 x 1024 matrices, taken again in each turn; medians over turns.
+half). MFU is against the best of eight products of 1024 x 1024 matrices, taken again in each turn; medians.
 On a GPU (`--device cuda`): bf16, `--sizes 1B --lengths 4096 --vocabularies 131072 --micro-batch 4`.
 """
 
@@ -175,7 +176,7 @@ def contend(who: str, cfg: RunConfig, vocabulary: int, port: int, pipe: Connecti
 
 
 def measure(cfg: RunConfig, vocabulary: int, names: list[str], repeats: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of the steps of each, and operations a second of a plain matrix product."""
+    """Seconds of the steps of each that count, and operations a second of a plain matrix product."""
     pipes, processes, peaks = {}, [], []
     for number, who in enumerate(names):
         pipes[who], there = get_context("spawn").Pipe()
@@ -191,10 +192,12 @@ def measure(cfg: RunConfig, vocabulary: int, names: list[str], repeats: int) -> 
         a, b = torch.randn(2, 1024, 1024)
         peaks.append(2 * 1024**3 / min(timeit.repeat(lambda a=a, b=b: torch.mm(a, b), number=1, repeat=8)))
         for who, pipe in pipes.items():
-            began_s = time.perf_counter()
-            pipe.send("go")
-            pipe.recv()
-            seconds[who].append(time.perf_counter() - began_s)
+            for is_timed in (False, True, True):
+                began_s = time.perf_counter()
+                pipe.send("go")
+                pipe.recv()
+                if is_timed:
+                    seconds[who].append(time.perf_counter() - began_s)
     for process in processes:
         process.kill()
         process.join()
