@@ -180,8 +180,10 @@ def measure(cfg: RunConfig, vocabulary: int, names: list[str], repeats: int) -> 
     pipes, processes, peaks = {}, [], []
     for number, who in enumerate(names):
         pipes[who], there = get_context("spawn").Pipe()
-        process = get_context("spawn").Process(target=contend, args=(who, cfg, vocabulary, 29500 + number, there))
+        given = (who, cfg, vocabulary, 29500 + number, there)
+        process = get_context("spawn").Process(target=contend, args=given, daemon=True)
         process.start()
+        there.close()  # so that a contender that dies is noticed
         processes.append(process)
         pipes[who].recv()
         for _ in range(2):
