@@ -1,5 +1,6 @@
 """Rules across sections: they run on the composed config, before anything is written or started."""
 
+import math
 from collections.abc import Iterator
 
 from configs.enums import Device, OptimizerName, Precision, ScheduleName, SourceFormat, WandbMode
@@ -73,21 +74,24 @@ def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
     engine, world, group = cfg.engine, cfg.cluster.world_size, cfg.engine.group_size
     shared = {f"model.{name}": getattr(cfg.model, name) for name in ("n_head", "n_kv_head", "d_ff")}
     shared |= {"train.seq_len": cfg.train.seq_len, "cluster.devices_per_node": cfg.cluster.devices_per_node}
+    largest = math.gcd(*shared.values())
     for name, size in (("tensor", engine.tensor_parallel), ("sequence", engine.sequence_parallel)):
-        if uneven := [f"{setting} = {value}" for setting, value in shared.items() if value % size]:
-            fitting = [n for n in range(1, size) if not any(value % n for value in shared.values())]
+        if largest % size:
+            uneven = [f"{setting} = {value}" for setting, value in shared.items() if value % size]
             rule = "the devices of a group have equal parts, and are of one node, where links are fast"
+            fitting = [n for n in range(1, largest + 1) if largest % n == 0]
             found = f"engine.{name}_parallel = {size}, {', '.join(uneven)}"
             yield UserError(found, rule, f"engine.{name}_parallel one of {fitting}")
             return
-    if engine.tensor_parallel > 1 and cfg.optim.name is OptimizerName.muon:
-        found = f"optim.name = muon with engine.tensor_parallel = {engine.tensor_parallel}"
-        rule = "muon makes whole matrices orthogonal, of which tensor parallelism leaves each device a part"
-        yield UserError(found, rule, "engine.tensor_parallel=1 with engine=zero3, or optim=adamw")
     if engine.tensor_parallel > 1 and engine.sequence_parallel > 1:
         found = "engine.tensor_parallel and engine.sequence_parallel are both set"
         rule = "the devices of a group share either matrices or sequences"
         yield UserError(found, rule, "sequence_parallel alone for long sequences, else tensor_parallel alone")
+        return
+    if engine.tensor_parallel > 1 and cfg.optim.name is OptimizerName.muon:
+        found = f"optim.name = muon with engine.tensor_parallel = {engine.tensor_parallel}"
+        rule = "muon makes whole matrices orthogonal, of which tensor parallelism leaves each device a part"
+        yield UserError(found, rule, "engine.tensor_parallel=1, or optim=adamw")
     for name, size in cfg.train.step_sizes:
         seqs, shares = size // cfg.train.seq_len, world // group
         if seqs % shares:
@@ -96,12 +100,13 @@ def _broken_layout(cfg: RunConfig) -> Iterator[UserError]:
             found = f"{name} = {size} is {seqs} sequences over {shares} {devices}"
             rule = "every device takes the same number of sequences in a step"
             yield UserError(found, rule, f"{name}={upward}, or a number of devices that divides {seqs * group}")
-    if engine.shard_group and engine.zero_stage not in (0, 3):
+    fitting = [n for n in range(2, world) if world % n == 0]
+    if engine.shard_group and engine.shard_group not in fitting:
+        rule = "groups of equal size within all devices: of one device, or of all, they change nothing"
+        found = f"engine.shard_group = {engine.shard_group} of {world} devices"
+        others = f", or one of {fitting}, a node's devices best" if fitting else ""
+        yield UserError(found, rule, f"engine.shard_group=0{others}")
+    elif engine.shard_group and engine.zero_stage not in (0, 3):
         found = f"engine.shard_group = {engine.shard_group} with engine.zero_stage = {engine.zero_stage}"
         rule = "only ZeRO-3 shards weights; under the other stages each device has them whole"
         yield UserError(found, rule, "engine.shard_group=0, or engine=zero3")
-    elif engine.shard_group and (world % engine.shard_group or not 1 < engine.shard_group < world):
-        fitting = [n for n in range(2, world) if world % n == 0]
-        rule = "groups of equal size within all devices: of one device, or of all, they change nothing"
-        found = f"engine.shard_group = {engine.shard_group} of {world} devices"
-        yield UserError(found, rule, f"engine.shard_group one of {fitting}, a node's devices best" if fitting else "0")

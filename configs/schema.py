@@ -143,6 +143,13 @@ class EngineConfig(Section, prefix="engine"):
         """Devices that work on the same sequences; neighbours in the order of ranks."""
         return self.tensor_parallel * self.sequence_parallel
 
+    @property
+    def layout(self) -> str:
+        """How devices share the work, in words."""
+        sizes = {name: getattr(self, name) for name in ("shard_group", "tensor_parallel", "sequence_parallel")}
+        shared = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        return ", ".join((f"ZeRO-{self.zero_stage}", *shared, f"recompute={self.recompute.value}"))
+
 
 @dataclass
 class RampConfig(Section, prefix="train.batch_ramp"):

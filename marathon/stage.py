@@ -42,7 +42,7 @@ def launch(stage: str, cfg: RunConfig, run_dir: Path) -> int:
     Rank 0 speaks on this terminal; the others write to RUN/logs, whose end is shown when they fail.
     """
     if is_done(stage, inputs_of(stage, cfg, run_dir), run_dir):
-        print(f"{stage}: complete, skipped")
+        print(f"{stage}: complete, skipped", flush=True)
         return 0
     n_processes = cfg.cluster.devices_per_node if stage in ("train", "eval") else 1
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -48,12 +48,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
         raise UserError(found, rule, "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…") from None
     changes = diff(load(frozen), cfg) if frozen.exists() else {}
     told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
-    fixed = [line for key, line in told.items() if not is_free_to_change(key)]
-    if fixed and any((folder / CHECKPOINTS).glob("step-*")):
-        first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
-        found = f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}"
-        rule = "what decides weights and order of samples stays as the run began"
-        raise UserError(found, rule, f"name={cfg.name}-2 for a new run, or leave them as they were")
+    _require_same_run(cfg, folder, told)
     hops = [r for r in Ledger(folder).read() if r["event"] in ("moved", "arrived", "train_start")]
     if hops and hops[-1]["event"] == "moved":  # and has not gone on here since
         print(f"warning: run {cfg.name} was moved to {hops[-1]['to']}; what is done here stays here", file=sys.stderr)
@@ -61,14 +56,28 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
         return cfg, folder
     refuse_if_held(folder)
     freeze(cfg, frozen)
-    print(*layout, sep="\n", end="\n" if layout else "")
+    print(*layout, sep="\n", end="\n" if layout else "", flush=True)
     facts: dict[str, Any] = {"arguments": overrides, "config_hash": config_hash(cfg), "layout": layout}
     if changes:
-        print(*told.values(), sep="\n")
+        print(*told.values(), sep="\n", flush=True)
         facts["settings"] = {key: [str(old), str(new)] for key, (old, new) in changes.items()}
     facts |= {"software": host.software(), "commit": host.commit()}
     Ledger(folder).append("changed" if changes else "frozen", **facts)
     return cfg, folder
+
+
+def _require_same_run(cfg: RunConfig, folder: Path, changes: dict[str, str]) -> None:
+    steps = [int(path.name.removeprefix("step-")) for path in (folder / CHECKPOINTS).glob("step-" + 9 * "[0-9]")]
+    fixed = [line for key, line in changes.items() if not is_free_to_change(key)]
+    if steps and fixed:
+        first = "; ".join(fixed[:6] + ([f"and {len(fixed) - 6} more"] if len(fixed) > 6 else []))
+        found = f"run {cfg.name} has checkpoints, and these settings differ from theirs: {first}"
+        rule = "what decides weights and order of samples stays as the run began"
+        raise UserError(found, rule, f"name={cfg.name}-2 for a new run, or leave them as they were")
+    if (done := max(steps, default=0)) > cfg.train.steps:
+        found = f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {done}"
+        repair = f"train.tokens={cfg.train.first_sample(done) * cfg.train.seq_len} or more"
+        raise UserError(found, "a run may be made longer, or end where it stands", repair)
 
 
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Job:
         theirs = load(source.parents[1] / "config.yaml")
         if other := [key for key in diff(theirs, self.cfg) if key.startswith(("model.", "optim.name"))]:
             found = f"{', '.join(other)} differ from what {source} was trained with"
-            raise UserError(found, "train.begin_from takes weights as they are", "the model of that run")
+            raise UserError(found, "train.begin_from takes weights and moments as they are", "those of that run")
         step, tokens = progress["step"], progress["tokens"]
         if (here := train.first_sample(step) * train.seq_len) != tokens:
             found = f"{step} steps of this run take {here} tokens, those of {source} took {tokens}"

@@ -76,3 +76,4 @@ def _write(found: Any, job: Job, n_steps: int) -> None:
     facts = {"seconds": seconds, "by_operation": by_operation, "product_flops_per_token": products}
     page = render(Path(__file__).with_name("profile.md.j2"), job=job, steps=steps, **facts)
     write_whole(folder / "summary.md", page)
+    job.metrics.terminal.say(f"profile: {folder / 'summary.md'}")

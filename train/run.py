@@ -86,7 +86,7 @@ def _announce(job: Job) -> None:
         tokens=progress.tokens,
         cluster=cfg.cluster.name,
         world_size=job.rank.world_size,
-        zero_stage=cfg.engine.zero_stage,
+        layout=cfg.engine.layout,
         parameters=parameters,
         flops_per_token=job.flops_per_token,
         peak_tflops=job.peak_flops / 1e12,

@@ -85,7 +85,7 @@ def full_run(tmp_path: Path) -> Path:
         {"event": "train_start", "time": 3.0, "step": 0, "tokens": 0, "world_size": 2, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "peak_tflops": 0.11, "peak_source": "measured", "flops_per_token": 9.56e6, "container": "GAP: no container announced itself"},
         {"event": "checkpoint", "time": 4.0, "name": "step-20", "step": 20, "tokens": 2000, "sha256": "12" * 32, "order_hash": "34" * 32},
         {"event": "changed", "time": 5.0, "settings": {"cluster.devices_per_node": ["2", "1"]}},
-        {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "cluster": "leonardo", "zero_stage": 2, "world_size": 1, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "container": "GAP: no container announced itself"},
+        {"event": "train_start", "time": 6.0, "step": 20, "tokens": 2000, "cluster": "leonardo", "layout": "ZeRO-2, recompute=none", "world_size": 1, "parameters": 1314944, "hardware": {"processor": "EPYC"}, "software": {"torch": "2.13.0"}, "commit": "ab" * 20, "container": "GAP: no container announced itself"},
         {"event": "train_end", "time": 7.0, "steps": 40, "tokens": 4000, "flops": 9.4e12, "device_hours": 0.06, "energy": {"devices": {"kwh": 0.42, "joules_per_token": 378.0, "meter": "NVML, boards", "metered_share": 1.0}, "nodes": {"kwh": "GAP: no meter"}, "facility": {"kwh": "GAP: no meter"}}},
     ]  # fmt: skip
     metrics = [valid_line(0, {"de": 4.81, "fr": 5.12, "mt": 6.03})]
@@ -161,7 +161,7 @@ def test_full_run_shows_its_facts(full_run: Path) -> None:
         "12" * 32, "34" * 32, "ab" * 20, "c0ffee" * 10, "de" * 32,
         "CC0-1.0", "33.3 %", "2.00 capped",
         "0.562 ± 0.072 (chance 0.5)",
-        "Training starts at step 20 on leonardo, world size 1, ZeRO-2", "cluster.devices_per_node from 2 to 1",
+        "Training starts at step 20 on leonardo, world size 1, ZeRO-2, recompute=none", "cluster.devices_per_node from 2 to 1",
         "GAP: no meter", "GAP: no container announced itself", "torch", "EPYC",
     ):  # fmt: skip
         assert fact in text, fact
