@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from configs.errors import UserError
+from marathon.stages import open_run
+
 SAMPLE = Path(__file__).resolve().parents[2] / "data/samples/udhr-europe.jsonl.zst"
 
 
@@ -78,3 +81,17 @@ def test_a_wrong_setting_is_named(tmp_path, mistake):
 
 def test_an_unknown_command_is_answered_with_those_there_are(tmp_path):
     assert_one_message(run("trian", scratch=tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("train.tokens=204800", "train.tokens=409600 or more"), ("optim.lr=1e-5", "these settings differ from theirs")],
+)
+def test_a_start_that_is_refused_leaves_the_settings_of_the_run(tmp_path, monkeypatch, override, told):
+    monkeypatch.setenv("MARATHON_SCRATCH", str(tmp_path))
+    _, run_dir = open_run(["experiment=smoke"])
+    (run_dir / "checkpoints" / "step-000000100").mkdir(parents=True)
+    before = [(run_dir / name).read_bytes() for name in ("config.yaml", "ledger.jsonl")]
+    with pytest.raises(UserError, match=re.escape(told)):
+        open_run(["experiment=smoke", override])
+    assert [(run_dir / name).read_bytes() for name in ("config.yaml", "ledger.jsonl")] == before
