@@ -11,11 +11,14 @@ first finds code and data that the others have driven out of caches and memory:
   compiled       transformers' Qwen3ForCausalLM under torch.compile, in a plain loop with the same AdamW
   trainer        the same in transformers' Trainer, as it is
 
-All train in fp32 on the same tokens with as many threads as there are cores. Ours have what they train with: products
+All train on the same tokens with as many threads as there are cores. Ours have what they train with: in fp32 products
 of oneDNN, and memory that glibc keeps (train/dist.py); the peers are as people run them, and do not keep documents
 apart, so they attend over whole sequences. FLOPs are counted alike for all (model/decoder.py: flops_per_token, causal
 half). MFU is against the best of eight products of 1024 x 1024 matrices, taken again in each turn; medians.
-On a GPU (`--device cuda`): bf16, `--sizes 1B --lengths 4096 --vocabularies 131072 --micro-batch 4`.
+With `--precision bf16` all compute in bf16 over weights in fp32: ours by DeepSpeed, so without bare, the peers by
+autocast.
+On a GPU: `--device cuda --precision bf16 --sizes 1B --lengths 4096 --vocabularies 131072 --micro-batch 4`; MFU is then
+against 989 TFLOP/s, an H100's.
 """
 
 import argparse
@@ -37,6 +40,7 @@ import numpy as np
 import torch
 
 from configs.compose import compose
+from configs.enums import Precision
 from configs.schema import RunConfig
 from model.decoder import Decoder, count_parameters, flops_per_token, init_weights
 
@@ -49,7 +53,7 @@ MEAN_DOCUMENT_TOKENS = 500
 """Lengths are geometric: about what the text of docs/performance.md has."""
 
 
-def configuration(size: str, seq_len: int, micro_batch: int, device: str, scratch: str) -> RunConfig:
+def configuration(given: argparse.Namespace, size: str, seq_len: int, micro_batch: int, scratch: str) -> RunConfig:
     cores = len(os.sched_getaffinity(0))
     return compose(
         [
@@ -62,7 +66,8 @@ def configuration(size: str, seq_len: int, micro_batch: int, device: str, scratc
             f"cluster.cpus_per_device={cores}",
             f"cluster.scratch={scratch}",
             "engine.compile=true",
-            *(["cluster.device=cuda", "cluster.peak_tflops=989", "engine=zero1"] if device == "cuda" else []),
+            f"engine.precision={given.precision}",
+            *(["cluster.device=cuda", "cluster.peak_tflops=989", "engine=zero1"] if given.device == "cuda" else []),
         ]
     )
 
@@ -105,6 +110,7 @@ def ours(cfg: RunConfig, vocabulary: int, wait: Callable[[], None], has_engine: 
 
 
 def theirs(cfg: RunConfig, vocabulary: int) -> Any:
+    """Their decoder in fp32, on the CPU."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from model.hf import to_their_config
@@ -115,11 +121,15 @@ def theirs(cfg: RunConfig, vocabulary: int) -> Any:
 
 
 def compiled(cfg: RunConfig, vocabulary: int, wait: Callable[[], None]) -> None:
-    model = theirs(cfg, vocabulary)
+    device, is_bf16 = cfg.cluster.device.value, cfg.engine.precision is Precision.bf16
+    model = theirs(cfg, vocabulary).to(device)
     optimizer, run = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), torch.compile(model)
     for tokens_BT1, _ in draw(cfg, vocabulary):
         wait()
-        run(input_ids=tokens_BT1[:, :-1], labels=tokens_BT1[:, :-1]).loss.backward()  # it shifts labels itself
+        tokens_BT = tokens_BT1[:, :-1].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+            loss = run(input_ids=tokens_BT, labels=tokens_BT).loss  # it shifts labels itself
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -143,6 +153,7 @@ def trainer(cfg: RunConfig, vocabulary: int, wait: Callable[[], None]) -> None:
         per_device_train_batch_size=cfg.train.seqs_per_step,
         max_steps=10_000,
         use_cpu=cfg.cluster.device.value == "cpu",
+        bf16=cfg.engine.precision is Precision.bf16,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -178,6 +189,7 @@ def contend(who: str, cfg: RunConfig, vocabulary: int, port: int, pipe: Connecti
 def measure(cfg: RunConfig, vocabulary: int, names: list[str], repeats: int) -> tuple[dict[str, list[float]], float]:
     """Seconds of the steps of each that count, and operations a second of a plain matrix product."""
     pipes, processes, peaks = {}, [], []
+    dtype = torch.bfloat16 if cfg.engine.precision is Precision.bf16 else torch.float32
     for number, who in enumerate(names):
         pipes[who], there = get_context("spawn").Pipe()
         given = (who, cfg, vocabulary, 29500 + number, there)
@@ -191,7 +203,7 @@ def measure(cfg: RunConfig, vocabulary: int, names: list[str], repeats: int) -> 
             pipes[who].recv()
     seconds: dict[str, list[float]] = {who: [] for who in names}
     for _ in range(repeats):
-        a, b = torch.randn(2, 1024, 1024)
+        a, b = torch.randn(2, 1024, 1024).to(dtype)
         peaks.append(2 * 1024**3 / min(timeit.repeat(lambda a=a, b=b: torch.mm(a, b), number=1, repeat=8)))
         for who, pipe in pipes.items():
             for is_timed in (False, True, True):
@@ -216,7 +228,10 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--micro-batch", type=int, help="sequences a step; 4,096 tokens where it is not given")
     arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments.add_argument("--precision", choices=list(Precision), default="fp32")
     given = arguments.parse_args()
+    if given.precision == "bf16" and "bare" in given.contenders:
+        given.contenders.remove("bare")  # the mixture of precisions is DeepSpeed's
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print("model, vocabulary, sequence; a plain matrix product; how many times as fast as each the first is")
     for size in given.sizes:
@@ -224,7 +239,7 @@ def main() -> None:
             for seq_len in given.lengths:
                 with tempfile.TemporaryDirectory() as scratch:
                     micro_batch = given.micro_batch or max(4096 // seq_len, 1)
-                    cfg = configuration(size, seq_len, micro_batch, given.device, scratch)
+                    cfg = configuration(given, size, seq_len, micro_batch, scratch)
                     seconds, peak = measure(cfg, vocabulary, given.contenders, given.repeats)
                 flops = flops_per_token(cfg.model, vocabulary, seq_len)
                 millions = count_parameters(cfg.model, vocabulary) / 1e6
