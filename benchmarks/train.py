@@ -93,7 +93,7 @@ def ours(cfg: RunConfig, vocabulary: int, wait: Callable[[], None], has_engine: 
     else:
         for block in decoder.blocks:
             block.compile(dynamic=False)
-        model, optimizer = NextTokenLoss(decoder), build_optimizer(decoder, cfg)
+        model, optimizer = NextTokenLoss(decoder.to(rank.device)), build_optimizer(decoder, cfg)
     for tokens_BT1, doc_BT1 in draw(cfg, vocabulary):
         if not has_documents:
             doc_BT1.zero_()
@@ -102,7 +102,7 @@ def ours(cfg: RunConfig, vocabulary: int, wait: Callable[[], None], has_engine: 
             engine.backward(tokens_BT1, doc_BT1)
             engine.step(1e-4)
         else:
-            loss, _ = model(tokens_BT1, doc_BT1)
+            loss, _ = model(tokens_BT1.to(rank.device), doc_BT1.to(rank.device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), cfg.optim.grad_clip)
             optimizer.step()
