@@ -97,8 +97,8 @@ def report(arguments: list[str]) -> Path:
     from configs.compose import compose, run_dir
     from marathon.report import write_report
 
-    is_run = len(arguments) == 1 and "=" not in arguments[0]
-    return write_report(choices.run_folder(arguments[0]) if is_run else run_dir(compose(arguments)))
+    first = arguments[0].removeprefix("run=") if len(arguments) == 1 else "="
+    return write_report(run_dir(compose(arguments)) if "=" in first else choices.run_folder(first))
 
 
 def data(arguments: list[str]) -> Answer:

@@ -20,6 +20,7 @@ from ledger.record import Ledger, json_lines
 from marathon.choices import run_names
 from marathon.layout import choose
 from train.faults import refuse_if_held
+from train.schedule import learning_rate
 
 CHECKPOINTS = "checkpoints"
 MAX_STARTS_WITHOUT_PROGRESS = 2
@@ -46,9 +47,10 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     except OSError as error:
         found, rule = f"{folder} cannot be written: {error.strerror}", "what a run writes stands under cluster.scratch"
         raise UserError(found, rule, "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…") from None
-    changes = diff(load(frozen), cfg) if frozen.exists() else {}
+    before = load(frozen) if frozen.exists() else cfg
+    changes = diff(before, cfg)
     told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
-    _require_same_run(cfg, folder, told)
+    _require_same_run(cfg, folder, told, before)
     hops = [r for r in Ledger(folder).read() if r["event"] in ("moved", "arrived", "train_start")]
     if hops and hops[-1]["event"] == "moved":  # and has not gone on here since
         print(f"warning: run {cfg.name} was moved to {hops[-1]['to']}; what is done here stays here", file=sys.stderr)
@@ -66,7 +68,7 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     return cfg, folder
 
 
-def _require_same_run(cfg: RunConfig, folder: Path, changes: dict[str, str]) -> None:
+def _require_same_run(cfg: RunConfig, folder: Path, changes: dict[str, str], before: RunConfig) -> None:
     steps = [int(path.name.removeprefix("step-")) for path in (folder / CHECKPOINTS).glob("step-" + 9 * "[0-9]")]
     fixed = [line for key, line in changes.items() if not is_free_to_change(key)]
     if steps and fixed:
@@ -78,6 +80,14 @@ def _require_same_run(cfg: RunConfig, folder: Path, changes: dict[str, str]) -> 
         found = f"train.tokens = {cfg.train.tokens} are {cfg.train.steps} steps, the run has done {done}"
         repair = f"train.tokens={cfg.train.first_sample(done) * cfg.train.seq_len} or more"
         raise UserError(found, "a run may be made longer, or end where it stands", repair)
+    was, now = (learning_rate(max(done - 1, 0), c.train.steps, c.optim, c.schedule) for c in (before, cfg))
+    if done and now > was:
+        repair = "name=… and train.begin_from=… go on from before the decay"
+        print(f"warning: the rate, {was:.3g} at step {done}, rises again, to {now:.3g}; {repair}", file=sys.stderr)
+    if not done and cfg.train.begin_from:
+        from train.begin import require_fit  # takes torch
+
+        require_fit(cfg, folder.parent / cfg.train.begin_from)
 
 
 def inputs_of(stage: str, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:

@@ -180,4 +180,4 @@ def _read(path: Path, content_of: Callable[[Path], Any]) -> Any:
 
 def _damaged(path: Path, what: str) -> UserError:
     found, rule = f"{path} {what}", "a checkpoint is used only whole and unchanged"
-    return UserError(found, rule, "remove this checkpoint's folder; the run goes on from the one before it")
+    return UserError(found, rule, "remove this checkpoint's folder and go on from the one before it")

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.compose import diff, load
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data import manifest as corpus
@@ -17,6 +16,7 @@ from ledger.energy import Meter
 from ledger.record import Ledger
 from model.decoder import Decoder, flops_per_token, init_weights, padded_rows
 from model.weights import checkpoint_sha256, read_manifest, verify_files
+from train.begin import require_fit
 from train.checkpoint import Saver, adopt, newest_usable, remove_unfinished, require_identity
 from train.dist import Rank
 from train.engine import Engine
@@ -102,10 +102,7 @@ class Job:
             remove_unfinished(self.run_dir)
         found, complaints = newest_usable(self.run_dir, self.rank)
         if found is None and not complaints and self.cfg.train.begin_from:
-            source = self.run_dir.parent / self.cfg.train.begin_from
-            self.rank.together(lambda: self._verify_source(source))
-            self.rank.first_does(lambda: self._adopt(source, identity, earlier_corpora))
-            return self.run_dir / "checkpoints" / source.name
+            return self._begin_from(identity, earlier_corpora)
 
         def judge() -> None:
             for complaint in complaints:
@@ -121,25 +118,17 @@ class Job:
         self.rank.first_does(judge)
         return found
 
-    def _verify_source(self, source: Path) -> None:
-        try:
-            verify_files(source, self.rank.rank, self.rank.world_size)
-        except UserError as error:
-            raise UserError(f"train.begin_from: {error.found}", error.rule, "another checkpoint of that run") from None
-
-    def _adopt(self, source: Path, identity: dict[str, Any], earlier_corpora: list[str]) -> None:
+    def _begin_from(self, identity: dict[str, Any], earlier_corpora: list[str]) -> Path:
         """Makes another run's checkpoint the first of this one; `UserError` where it is not what this run is to be."""
-        train, progress = self.cfg.train, read_manifest(source)["progress"]
-        require_identity(source, identity, earlier_corpora)
-        theirs = load(source.parents[1] / "config.yaml")
-        if other := [key for key in diff(theirs, self.cfg) if key.startswith(("model.", "optim.name"))]:
-            found = f"{', '.join(other)} differ from what {source} was trained with"
-            raise UserError(found, "train.begin_from takes weights and moments as they are", "those of that run")
-        step, tokens = progress["step"], progress["tokens"]
-        if (here := train.first_sample(step) * train.seq_len) != tokens:
-            found = f"{step} steps of this run take {here} tokens, those of {source} took {tokens}"
-            rule = "what is done keeps its size of a step, and the order of samples goes on behind it"
-            repair = f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}"
-            raise UserError(found, rule, repair)
-        self.ledger.append("begun_from", path=str(source), sha256=checkpoint_sha256(source), step=step, tokens=tokens)
-        adopt(source, self.run_dir)
+        source = self.run_dir.parent / self.cfg.train.begin_from
+
+        def take() -> None:
+            require_identity(source, identity, earlier_corpora)
+            done = {key: read_manifest(source)["progress"][key] for key in ("step", "tokens")}
+            self.ledger.append("begun_from", path=str(source), sha256=checkpoint_sha256(source), **done)
+            adopt(source, self.run_dir)
+
+        self.rank.first_does(lambda: require_fit(self.cfg, source))
+        self.rank.together(lambda: verify_files(source, self.rank.rank, self.rank.world_size))
+        self.rank.first_does(take)
+        return self.run_dir / "checkpoints" / source.name

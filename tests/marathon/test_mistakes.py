@@ -95,3 +95,19 @@ def test_a_start_that_is_refused_leaves_the_settings_of_the_run(tmp_path, monkey
     with pytest.raises(UserError, match=re.escape(told)):
         open_run(["experiment=smoke", override])
     assert [(run_dir / name).read_bytes() for name in ("config.yaml", "ledger.jsonl")] == before
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_there_is_a_corpus(tmp_path):
+    told = run("run", "experiment=smoke", "train.begin_from=gone/checkpoints/step-000000008", scratch=tmp_path)
+    assert_one_message(told, "gone/checkpoints/step-000000008", "cannot be read")
+    assert not list(tmp_path.glob("corpora"))
+
+
+@pytest.mark.parametrize(("done", "is_told"), [(80, False), (100, True)])
+def test_a_rate_that_would_rise_again_is_told(tmp_path, monkeypatch, capsys, done, is_told):
+    """The smoke run stays at its peak until step 80 of 100."""
+    monkeypatch.setenv("MARATHON_SCRATCH", str(tmp_path))
+    _, run_dir = open_run(["experiment=smoke"])
+    (run_dir / "checkpoints" / f"step-{done:09d}").mkdir(parents=True)
+    open_run(["experiment=smoke", "train.tokens=819_200"])
+    assert ("rises again" in capsys.readouterr().err) is is_told

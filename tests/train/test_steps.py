@@ -164,10 +164,12 @@ def no_links():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["seed=2"], "seed is 2, the checkpoint step-000000008 was trained with 1"),
-        (["model.rope_theta=1000"], "model.rope_theta differ from"),
+        (["seed=2"], "seed (1, now 2): not what"),
+        (["model.rope_theta=1000"], "model.rope_theta (500000.0, now 1000.0): not what"),
+        ([steps(8)], f"train.tokens={8 * SEQS * SEQ_LEN}\n"),
         ([f"train.tokens_per_step={24 * SEQ_LEN}"], f"until_tokens: {8 * SEQS * SEQ_LEN}"),
-        (["train.begin_from=plateau/checkpoints/step-000000009"], "step-000000009/manifest.json cannot be read"),
+        (["train.begin_from=plateau/checkpoints/step-000000009"], "plateau/checkpoints/step-000000012"),
+        (["train.begin_from=plateau"], "plateau/manifest.json cannot be read"),
     ],
 )
 def test_what_does_not_go_on_from_there_is_refused(runs, corpus, tmp_path_factory, overrides, said):

@@ -1,0 +1,33 @@
+"""Whether a run can begin from a checkpoint of another one."""
+
+from pathlib import Path
+
+from configs.compose import diff, load
+from configs.errors import UserError
+from configs.schema import RunConfig
+from model.weights import list_checkpoints, read_manifest
+
+KEPT = ("model.", "optim.name", "seed", "train.seq_len", "mixture.packing")
+
+
+def require_fit(cfg: RunConfig, source: Path) -> None:
+    """Raises `UserError` where a run cannot go on from `source`, as far as settings tell: before there is a corpus."""
+    train = cfg.train
+    try:
+        progress, theirs = read_manifest(source)["progress"], load(source.parents[1] / "config.yaml")
+    except UserError as error:
+        near = [str(path) for run in (source, source.parents[1]) for path in list_checkpoints(run)]
+        repair = f"train.begin_from={(near or ['OTHER/checkpoints/step-000000100'])[-1]}"
+        raise UserError(f"train.begin_from={train.begin_from}: {error.found}", error.rule, repair) from None
+    if other := [f"{key} ({was}, now {now})" for key, (was, now) in diff(theirs, cfg).items() if key.startswith(KEPT)]:
+        found = f"{', '.join(other)}: not what {source} was trained with"
+        raise UserError(found, "train.begin_from takes weights, moments and order as they are", "those of that run")
+    step, tokens = progress["step"], progress["tokens"]
+    if (here := train.first_sample(step) * train.seq_len) != tokens:
+        found = f"{step} steps of this run take {here} tokens, those of {source} took {tokens}"
+        rule = "what is done keeps its size of a step, and the order of samples goes on behind it"
+        repair = f"train.batch_ramp with the sizes of that run, the last of them with until_tokens: {tokens}"
+        raise UserError(found, rule, repair)
+    if step >= train.steps:
+        rule = f"they count from that run's beginning, and {source} has taken {tokens}"
+        raise UserError(f"train.tokens={train.tokens}", rule, f"train.tokens={tokens} and what is to follow")
