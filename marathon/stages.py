@@ -41,12 +41,6 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     if not is_new and not frozen.exists():
         there = ", ".join(run_names(folder.parent)) or "none"
         raise UserError(f"no run {cfg.name} in {folder.parent}; there: {there}", *_AFTER_DATA)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        found, rule = f"{folder} cannot be written: {error.strerror}", "what a run writes stands under cluster.scratch"
-        raise UserError(found, rule, "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…") from None
     before = load(frozen) if frozen.exists() else cfg
     changes = diff(before, cfg)
     told = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
@@ -54,6 +48,12 @@ def open_run(overrides: list[str], is_new: bool = True) -> tuple[RunConfig, Path
     hops = [r for r in Ledger(folder).read() if r["event"] in ("moved", "arrived", "train_start")]
     if hops and hops[-1]["event"] == "moved":  # and has not gone on here since
         print(f"warning: run {cfg.name} was moved to {hops[-1]['to']}; what is done here stays here", file=sys.stderr)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        found, rule = f"{folder} cannot be written: {error.strerror}", "what a run writes stands under cluster.scratch"
+        raise UserError(found, rule, "export MARATHON_SCRATCH=<a folder of yours>, or cluster.scratch=…") from None
     if frozen.exists() and not changes:
         return cfg, folder
     refuse_if_held(folder)
@@ -82,8 +82,7 @@ def _require_same_run(cfg: RunConfig, folder: Path, changes: dict[str, str], bef
         raise UserError(found, "a run may be made longer, or end where it stands", repair)
     was, now = (learning_rate(max(done - 1, 0), c.train.steps, c.optim, c.schedule) for c in (before, cfg))
     if done and now > was:
-        repair = "name=… and train.begin_from=… go on from before the decay"
-        print(f"warning: the rate, {was:.3g} at step {done}, rises again, to {now:.3g}; {repair}", file=sys.stderr)
+        print(f"warning: the rate rises again, {was:.3g} to {now:.3g}: see docs/recover.md", file=sys.stderr)
     if not done and cfg.train.begin_from:
         from train.begin import require_fit  # takes torch
 

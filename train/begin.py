@@ -17,11 +17,12 @@ def require_fit(cfg: RunConfig, source: Path) -> None:
         progress, theirs = read_manifest(source)["progress"], load(source.parents[1] / "config.yaml")
     except UserError as error:
         near = [str(path) for run in (source, source.parents[1]) for path in list_checkpoints(run)]
-        repair = f"train.begin_from={(near or ['OTHER/checkpoints/step-000000100'])[-1]}"
+        repair = f"train.begin_from= one of {', '.join(near)}" if near else "OTHER/checkpoints/step-000000100"
         raise UserError(f"train.begin_from={train.begin_from}: {error.found}", error.rule, repair) from None
-    if other := [f"{key} ({was}, now {now})" for key, (was, now) in diff(theirs, cfg).items() if key.startswith(KEPT)]:
-        found = f"{', '.join(other)}: not what {source} was trained with"
-        raise UserError(found, "train.begin_from takes weights, moments and order as they are", "those of that run")
+    if other := {key: was_now for key, was_now in diff(theirs, cfg).items() if key.startswith(KEPT)}:
+        found = f"{', '.join(f'{key}={now}' for key, (_, now) in other.items())}: not what {source} was trained with"
+        repair = " ".join(f"{key}={was}" for key, (was, _) in other.items())
+        raise UserError(found, "train.begin_from takes weights, moments and order as they are", repair)
     step, tokens = progress["step"], progress["tokens"]
     if (here := train.first_sample(step) * train.seq_len) != tokens:
         found = f"{step} steps of this run take {here} tokens, those of {source} took {tokens}"
@@ -30,4 +31,4 @@ def require_fit(cfg: RunConfig, source: Path) -> None:
         raise UserError(found, rule, repair)
     if step >= train.steps:
         rule = f"they count from that run's beginning, and {source} has taken {tokens}"
-        raise UserError(f"train.tokens={train.tokens}", rule, f"train.tokens={tokens} and what is to follow")
+        raise UserError(f"train.tokens={train.tokens}", rule, f"train.tokens={tokens + train.tokens_per_step} or more")

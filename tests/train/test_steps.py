@@ -164,9 +164,9 @@ def no_links():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["seed=2"], "seed (1, now 2): not what"),
-        (["model.rope_theta=1000"], "model.rope_theta (500000.0, now 1000.0): not what"),
-        ([steps(8)], f"train.tokens={8 * SEQS * SEQ_LEN}\n"),
+        (["seed=2"], "repair: seed=1"),
+        (["model.rope_theta=1000"], "repair: model.rope_theta=500000.0"),
+        ([steps(8)], f"repair: train.tokens={9 * SEQS * SEQ_LEN} or more"),
         ([f"train.tokens_per_step={24 * SEQ_LEN}"], f"until_tokens: {8 * SEQS * SEQ_LEN}"),
         (["train.begin_from=plateau/checkpoints/step-000000009"], "plateau/checkpoints/step-000000012"),
         (["train.begin_from=plateau"], "plateau/manifest.json cannot be read"),
