@@ -14,9 +14,9 @@ def require_fit(cfg: RunConfig, source: Path) -> None:
     """Raises `UserError` where a run cannot go on from `source`, as far as settings tell: before there is a corpus."""
     train = cfg.train
     try:
-        progress, theirs = read_manifest(source)["progress"], load(source.parents[1] / "config.yaml")
+        progress, theirs = read_manifest(source)["progress"], load(source.parent.parent / "config.yaml")
     except UserError as error:
-        near = [str(path) for run in (source, source.parents[1]) for path in list_checkpoints(run)]
+        near = [str(path) for run in (source, source.parent.parent) for path in list_checkpoints(run)]
         repair = f"train.begin_from= one of {', '.join(near)}" if near else "OTHER/checkpoints/step-000000100"
         raise UserError(f"train.begin_from={train.begin_from}: {error.found}", error.rule, repair) from None
     if other := {key: was_now for key, was_now in diff(theirs, cfg).items() if key.startswith(KEPT)}:

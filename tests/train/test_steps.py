@@ -170,6 +170,7 @@ def no_links():
         ([f"train.tokens_per_step={24 * SEQ_LEN}"], f"until_tokens: {8 * SEQS * SEQ_LEN}"),
         (["train.begin_from=plateau/checkpoints/step-000000009"], "plateau/checkpoints/step-000000012"),
         (["train.begin_from=plateau"], "plateau/manifest.json cannot be read"),
+        (["train.begin_from=/gone"], "OTHER/checkpoints/"),
     ],
 )
 def test_what_does_not_go_on_from_there_is_refused(runs, corpus, tmp_path_factory, overrides, said):
